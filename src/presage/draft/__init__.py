@@ -1,0 +1,1 @@
+"""One file per drafter: who guesses ahead. ``length/`` says how far."""

@@ -1,0 +1,233 @@
+"""Replay a decision log: the same loop, fed the recorded inputs, must make byte-equal decisions.
+
+The executor does nothing (its results are inputs), stops are the recorded cuts, and at level ``shape`` block names are the recorded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from presage.cache.content import HashedContent
+from presage.cache.manager import BlockManager
+from presage.core.config import EngineConfig
+from presage.core.errors import ReplayMismatch
+from presage.core.events import Abort, Annotate, Arrive, Drain, Event, Prioritise, ResetCache, Tick, Waited
+from presage.core.kv import KVGeometry
+from presage.core.plan import NewIds, StepDone, StepFault, StepPlan
+from presage.core.protocols import Companion
+from presage.core.request import Request
+from presage.core.sampling_params import SamplingParams
+from presage.core.table import Table
+from presage.core.types import Flag, Kind, Wait
+from presage.engine.cutter import Cutter
+from presage.engine.emitter import Emitter
+from presage.engine.log import VERSION, NullLog, decision
+from presage.engine.loop import Loop, LoopConfig
+from presage.schedule import make_scheduler
+
+
+def read_frames(folder: str | Path) -> Iterator[tuple[str, Any]]:
+    """All frames of a log in order; a truncated last frame (a killed process) ends the stream."""
+    for path in sorted(Path(folder).glob("*.plog")):
+        data, at = path.read_bytes(), 0
+        while at + 4 <= len(data):
+            size = int.from_bytes(data[at : at + 4], "little")
+            if at + 4 + size > len(data):
+                return
+            tag, body = msgspec.msgpack.decode(data[at + 4 : at + 4 + size])
+            yield tag, body
+            at += 4 + size
+
+
+def log_header(config: EngineConfig, geometry: KVGeometry, layers: int, eos: list[int], max_model_len: int, depth: int = 1) -> dict[str, Any]:
+    """What a replay needs to rebuild the loop."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "geometry": msgspec.to_builtins(geometry),
+        "layers": layers,
+        "eos": eos,
+        "max_model_len": max_model_len,
+        "depth": depth,
+    }
+
+
+class SilentExecutor:
+    """Accepts plans and does nothing: their results are in the log."""
+
+    def __init__(self, geometry: KVGeometry, layers: int, depth: int) -> None:
+        self.geometry, self.layers, self.depth = geometry, layers, depth
+
+    def start(self, post: Callable[[Event], None]) -> None:
+        """Nothing to start."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """The recorded result will come."""
+
+    def cut(self) -> None:
+        """No bursts."""
+
+    def companions(self) -> tuple[Companion, ...]:
+        """None."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class RecordedNames:
+    """Block names in the order in which they were asked for."""
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+
+    def root(self, slot: int, req: Request, groups: Any) -> bytes:
+        """The next recorded name."""
+        return self.names.pop(0)
+
+    def hashes(self, slot: int, index: int, parent: bytes, ids_bytes: bytes) -> bytes:
+        """The next recorded name."""
+        return self.names.pop(0)
+
+
+class RecordedCutter(Cutter):
+    """Cuts as recorded instead of looking at ids."""
+
+    def __init__(self, table: Table, requests: dict[int, Request], eos: list[int]) -> None:
+        super().__init__(table, requests, eos)
+        self.cuts: list[list[bytes]] = []
+
+    def open(self, slot: int, req: Request) -> int:
+        """Flags as recorded: the stop strings and grammar themselves are not in the log."""
+        return super().open(slot, req) | int(req.extras.get("flags", 0))
+
+    def cut(self, plan: StepPlan, done: StepDone, live: np.ndarray) -> NewIds:
+        """The next recorded cut; ids are zeros at level shape."""
+        off, finish, ids = self.cuts.pop(0)
+        offsets = np.frombuffer(off, np.int32)
+        values = np.frombuffer(ids, np.int32) if ids else np.zeros(int(offsets[-1]), np.int32)
+        return NewIds(plan.slot, offsets, values, np.frombuffer(finish, np.uint8).copy())
+
+
+class _Check(NullLog):
+    def __init__(self) -> None:
+        self.made: list[bytes] = []
+
+    def decided(self, loop: Loop, plan: StepPlan, grants: Any) -> None:
+        self.made.append(msgspec.msgpack.encode(decision(loop, plan, grants)))
+
+
+def replay(folder: str | Path) -> int:
+    """Replay a log and compare every decision. Returns the number of decisions; raises ReplayMismatch with the first that differs."""
+    frames = read_frames(folder)
+    tag, header = next(frames, ("", None))
+    if tag != "h" or header["version"] != VERSION:
+        raise ReplayMismatch("not a decision log of this version, or its beginning was rotated away")
+    names, check = (RecordedNames() if header["level"] == "shape" else None), _Check()
+    loop, cutter = _rebuild(header, names, check)
+    waiting: list[bytes] = []
+    count = 0
+    for tag, body in frames:
+        if tag == "d":
+            waiting.append(msgspec.msgpack.encode(body))
+        elif tag == "i":
+            now, events, turn_names, cuts = body
+            cutter.cuts.extend(cuts)
+            if names is not None:
+                names.names.extend(turn_names)
+            loop.turn(now, [decode_event(e) for e in events])
+            if check.made != waiting:
+                raise ReplayMismatch(f"decision {count} differs from the recorded one", step=count)
+            count += len(waiting)
+            waiting, check.made = [], []
+    return count
+
+
+def _rebuild(header: dict[str, Any], names: Any, log: NullLog) -> tuple[Loop, RecordedCutter]:
+    config = EngineConfig.model_validate(header["config"])
+    geometry = msgspec.convert(header["geometry"], KVGeometry)
+    table, requests = Table(), dict[int, Request]()
+    cutter = RecordedCutter(table, requests, header["eos"])
+    max_len = header["max_model_len"]
+    kv = BlockManager(geometry, max_len=max_len, prefix_caching=config.cache.enable_prefix_caching, content=names or HashedContent())
+    loop = Loop(
+        loop_config(config, max_len),
+        SilentExecutor(geometry, header["layers"], header["depth"]),
+        [kv],
+        make_scheduler(config.scheduler),
+        cutter,
+        Emitter(table, requests, lambda emissions: None),
+        table=table,
+        requests=requests,
+        log=log,
+    )
+    return loop, cutter
+
+
+def loop_config(config: EngineConfig, max_model_len: int) -> LoopConfig:
+    """The loop's share of the engine configuration."""
+    s = config.scheduler
+    return LoopConfig(
+        max_num_seqs=s.max_num_seqs,
+        max_num_batched_tokens=s.max_num_batched_tokens,
+        max_waiting=s.max_waiting,
+        max_model_len=max_model_len,
+        ahead=config.executor.async_scheduling,
+    )
+
+
+def decode_event(data: list[Any]) -> Event:
+    """The event that ``encode_event`` wrote."""
+    kind, *rest = data
+    match kind:
+        case "done":
+            empty = np.empty(0, np.int32)
+            return StepDone(rest[0], rest[1], rest[2], empty, empty, np.frombuffer(rest[3], np.int32), np.frombuffer(rest[4], np.int32))
+        case "fault":
+            return StepFault(rest[0], rest[1], np.frombuffer(rest[2], np.int32), rest[3])
+        case "arrive":
+            return Arrive(_request(rest[1]), Wait(rest[0]))
+        case "abort":
+            return Abort(rest[0])
+        case "waited":
+            return Waited(rest[0], Wait(rest[1]), tuple(rest[2]) if rest[2] else None)
+        case "annotate":
+            return Annotate(*rest)
+        case "prioritise":
+            return Prioritise(*rest)
+        case "drain":
+            return Drain()
+        case "resetcache":
+            return ResetCache()
+    return Tick()
+
+
+def _ids(value: bytes | int) -> np.ndarray:
+    return np.zeros(value, np.int32) if isinstance(value, int) else np.frombuffer(value, np.int32)
+
+
+def _request(d: dict[str, Any]) -> Request:
+    sampling = SamplingParams(n=d["n"], max_tokens=d["max_tokens"], min_tokens=d["min_tokens"], prompt_logprobs=d["prompt_logprobs"])
+    return Request(
+        id=d["id"],
+        prompt=_ids(d["prompt"]),
+        emitted=_ids(d["emitted"]),
+        sampling=sampling,
+        arrival=d["arrival"],
+        kind=Kind(d["kind"]),
+        model=d["model"],
+        tenant=d["tenant"],
+        salt=d["salt"],
+        adapter=d["adapter"],
+        priority=d["priority"],
+        due_first=d["due"][0],
+        due_each=d["due"][1],
+        due_end=d["due"][2],
+        program=d["program"],
+        sink=d["sink"],
+        extras={"flags": d["flags"] & int(Flag.STOP_STRINGS | Flag.GRAMMAR)},
+    )
