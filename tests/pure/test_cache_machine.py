@@ -254,7 +254,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, database=None)
+TestCacheMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, database=None)
 
 
 @pytest.mark.parametrize("damage", ["reference", "leak", "name", "twice", "dead"])

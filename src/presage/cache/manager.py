@@ -194,7 +194,6 @@ class BlockManager:
             pool.hold(row[row > 0].tolist())
             self.tables[g][slot, :size] = row
             self.owned[g][slot] = size
-            self.gone[g][slot] = max(pool.sinks, pool.first_needed(size * self.block_tokens))
         self.lengths[slot] = size * self.block_tokens
         self.sealed[slot] = size
         self.todo[slot] &= ~np.uint8(HIT)
@@ -229,6 +228,8 @@ class BlockManager:
     def _allocate_to(self, g: int, pool: Pool, slots: Ints, want: Ints) -> None:
         if want.max() > self._blocks:
             raise AuditFailed(f"slots {slots[want > self._blocks].tolist()} grow past max_len")
+        if len(set(slots.tolist())) < len(slots):
+            raise AuditFailed(f"slots {slots.tolist()} are not distinct: one slot would lose the blocks another row got")
         owned, table = self.owned[g], self.tables[g]
         before = owned[slots]
         blocks = pool.take(int((want - before).sum()))

@@ -19,13 +19,11 @@ _STOP = int(Finish.STOP)
 class TextStops(Protocol):
     """Stop strings, checked by a companion that detokenises only the requests that have some."""
 
+    def open(self, slot: int, req: Request) -> None: ...
     def check(self, slot: int, ids: list[int]) -> tuple[int, str | None]: ...
-
-
-class Grammars(Protocol):
-    """Tells whether a request's grammar accepts nothing more."""
-
-    def terminated(self, slot: int) -> bool: ...
+    def fork(self, src: int, dst: int, req: Request) -> None: ...
+    def rewind(self, slot: int, known: int) -> None: ...
+    def close(self, slot: int) -> None: ...
 
 
 class Cutter:
@@ -45,14 +43,26 @@ class Cutter:
         self.min_tokens[slot] = p.min_tokens
         self.stop_ids[slot] = frozenset(p.stop_token_ids or ())
         flags = Flag.IGNORE_EOS if p.ignore_eos else Flag.NONE
-        flags |= Flag.STOP_IDS if self.stop_ids[slot] else Flag.NONE
-        flags |= Flag.STOP_STRINGS if p.stop and self.strings is not None else Flag.NONE
-        flags |= Flag.GRAMMAR if p.structured_outputs is not None else Flag.NONE
+        if p.structured_outputs is not None:
+            flags |= Flag.GRAMMAR  # the grammar alone ends it: a stop string inside a JSON string would break the document
+        else:
+            flags |= Flag.STOP_IDS if self.stop_ids[slot] else Flag.NONE
+            flags |= Flag.STOP_STRINGS if p.stop and self.strings is not None else Flag.NONE
+            if p.stop and self.strings is not None:
+                self.strings.open(slot, req)
         return int(flags | (Flag.PROMPT_LOGPROBS if p.prompt_logprobs is not None else Flag.NONE))
 
     def close(self, slot: int) -> None:
         """Forget a slot."""
         self.stop_ids.pop(slot, None)
+        if self.strings is not None:
+            self.strings.close(slot)
+
+    def fork(self, src: int, dst: int, req: Request, known: int) -> None:
+        """``dst`` (just opened) continues where ``src`` stood when it had ``known`` ids."""
+        if self.strings is not None and self.table.flags[src] & int(Flag.STOP_STRINGS):
+            self.strings.fork(src, dst, req)
+            self.strings.rewind(dst, known)
 
     def cut(self, plan: StepPlan, done: StepDone, live: np.ndarray) -> NewIds:
         """The ids each span keeps, with Finish codes and what stopped it."""

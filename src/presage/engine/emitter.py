@@ -10,8 +10,9 @@ from presage.core.errors import PresageError
 from presage.core.plan import NewIds, StepDone, StepPlan
 from presage.core.request import Emission, Request
 from presage.core.table import Table
-from presage.core.types import Finish, Ints
+from presage.core.types import Finish, Ints, Want
 
+_EXIT = int(Want.EXIT)
 Sink = Callable[[list[Emission]], None]
 
 
@@ -43,7 +44,7 @@ class Emitter:
             if s in prompt_lp:
                 self.open[slot].prompt_logprobs = prompt_lp[s]
         for s, vector in done.exports.get("pooled", {}).items():
-            if alive[s] and self.requests[slots[s]].sink == "client":
+            if alive[s] and plan.want[s] & _EXIT and self.requests[slots[s]].sink == "client":
                 req = self.requests[slots[s]]
                 self.open[slots[s]] = Emission(req.id, req.branch, 0, [], pooled=np.asarray(vector, np.float32).tolist())
 

@@ -137,6 +137,7 @@ class Programs:
             for companion in loop.companions:
                 companion.fork(src, dst, c.request)
                 companion.rewind(dst, c.keep)
+            loop.cutter.fork(src, dst, c.request, c.keep)
         t.known[dst], t.out[dst] = len(ids), len(ids) - int(t.prompt[dst])
         if len(c.inject):
             self._advance(dst, c.inject)
@@ -187,6 +188,8 @@ class Programs:
         loop.kv.truncate(slot, int(t.computed[slot, 0]))
         for companion in loop.companions:
             companion.rewind(slot, keep)
+        if loop.cutter.strings is not None:
+            loop.cutter.strings.rewind(slot, keep)
         self._inject(slot, ids, False)
 
     def _pause(self, slot: int, c: Pause) -> None:

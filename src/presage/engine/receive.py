@@ -67,7 +67,7 @@ class Receiver:
             for branch in range(max(1, req.sampling.n)):
                 self.loop.emitter.refuse(req, branch, error)
             return
-        slot = self.open(req)
+        slot = self.open(req, wait)
         self._park(slot, wait)
         self.held_ids[slot] = np.concatenate([req.prompt, req.emitted]).astype(np.int32) if len(req.emitted) else req.prompt
         self.loop.queue.append(slot)
@@ -105,8 +105,8 @@ class Receiver:
         new = 1 if req.kind is Kind.PREFILL else (req.sampling.max_tokens or self.loop.config.max_model_len)
         return min(len(req.prompt) + new, self.loop.config.max_model_len)
 
-    def open(self, req: Request) -> int:
-        """Give the request a slot, its columns and its companions."""
+    def open(self, req: Request, wait: Wait = Wait.NONE) -> int:
+        """Give the request a slot, its columns and its companions (the masker when its grammar is ready)."""
         t, slot = self.table, self.table.take()
         t.move(slot, State.QUEUED)
         self.requests[slot] = req
@@ -125,7 +125,8 @@ class Receiver:
         for kv in self.loop.lanes:
             kv.open(slot, req)
         for companion in self.loop.companions:
-            companion.open(slot, req)
+            if companion is not self.loop.masker or Wait.GRAMMAR not in wait:
+                companion.open(slot, req)
         return slot
 
     def _park(self, slot: int, wait: Wait) -> None:
@@ -139,6 +140,8 @@ class Receiver:
         if event.error is not None:
             self.end(slot, Finish.ERROR, None, event.error)
             return
+        if event.bit is Wait.GRAMMAR and self.loop.masker is not None:
+            self.loop.masker.open(slot, self.requests[slot])
         self.table.waits[slot] &= ~int(event.bit) & 0xFFFF
 
     def _annotate(self, slot: int, event: Annotate) -> None:

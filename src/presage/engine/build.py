@@ -1,0 +1,179 @@
+"""From configuration to a running engine: checkpoint, model, KV cache, policies, loop, driver. The one place that knows every room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from presage.cache.content import HashedContent
+from presage.cache.geometry import parse_bytes, size_pools
+from presage.cache.manager import BlockManager
+from presage.core.config import EngineConfig
+from presage.core.events import Abort, Arrive
+from presage.core.kv import KVGeometry
+from presage.core.request import Request
+from presage.core.table import Table
+from presage.core.types import Wait
+from presage.engine.cutter import Cutter
+from presage.engine.driver import WallDriver
+from presage.engine.emitter import Emitter, Sink
+from presage.engine.grammars import Grammars, MaskerSlots, grammars
+from presage.engine.log import DecisionLog, NamedContent, NullLog
+from presage.engine.loop import Loop
+from presage.engine.replay import log_header, loop_config
+from presage.engine.stats import Stats
+from presage.schedule import make_scheduler
+
+
+@dataclass(slots=True)
+class ModelInfo:
+    """What a front needs to know about the model."""
+
+    name: str
+    path: str
+    max_model_len: int
+    vocab_size: int
+    eos_ids: list[int]
+    dtype: str
+    num_blocks: tuple[int, ...]
+    kv_bytes: int
+
+
+@dataclass(slots=True)
+class Engine:
+    """A built engine. ``add`` and ``abort`` may be called from any thread; ``driver`` runs the loop."""
+
+    config: EngineConfig
+    loop: Loop
+    driver: WallDriver
+    executor: Any
+    info: ModelInfo
+    grammar: Grammars
+    stats: Stats
+
+    def add(self, request: Request) -> None:
+        """Queue a request. A grammar compiles meanwhile; the request waits for it in the queue."""
+        if request.sampling.structured_outputs is None:
+            self.driver.post(Arrive(request))
+            return
+        self.driver.post(Arrive(request, Wait.GRAMMAR))
+        self.grammar.submit(request.id, request.sampling.structured_outputs, self.driver.post)
+
+    def abort(self, request_id: str) -> None:
+        """End a request in any state; unknown ids are ignored."""
+        self.driver.post(Abort(request_id))
+
+    def close(self) -> None:
+        """Stop the executor's thread and close the log."""
+        self.executor.close()
+        self.loop.log.shut()
+        self.grammar.close()
+
+
+def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = time.monotonic, progress: bool = False) -> Engine:
+    """Load the model and wire the loop; emissions go to ``sink``. Raises the typed errors of loading and configuration."""
+    import torch
+
+    from presage.execute.executor import TorchExecutor
+    from presage.execute.sampling.sampler import Sampler
+    from presage.tokenize.tokenizer import Tokenizer
+    from presage.tokenize.stop_strings import StopStrings
+
+    torch.set_num_threads(1)  # the kernels' team owns the cores; a torch operator must not open a second one
+    checkpoint, model, dtype = _load(config, progress)
+    max_len = model.max_len
+    geometry = _geometry(config, model, max_len)
+    tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint, config.model.revision if config.model.tokenizer else None)
+    eos = sorted(tokenizer.eos_ids)
+    sampler = Sampler(model.vocab_size, eos, config.model.seed)
+    executor = TorchExecutor(model, geometry, sampler, pooling="mean" if config.model.pooling == "mean" else "last", depth=1)
+    table, requests = Table(), dict[int, Request]()
+    log = _log(config, geometry, executor.layers, eos, max_len)
+    content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
+    kv = BlockManager(geometry, max_len=max_len + 1, prefix_caching=config.cache.enable_prefix_caching, content=content)
+    grammar = grammars(tokenizer, model.vocab_size, eos, config.structured_outputs.compile_timeout)
+    loop = Loop(
+        loop_config(config, max_len),
+        executor,
+        [kv],
+        make_scheduler(config.scheduler),
+        Cutter(table, requests, eos, StopStrings(tokenizer)),
+        Emitter(table, requests, sink),
+        table=table,
+        requests=requests,
+        masker=MaskerSlots(grammar),
+        log=log,
+    )
+    info = ModelInfo(
+        name=config.model.model,
+        path=str(checkpoint.path),
+        max_model_len=max_len,
+        vocab_size=model.vocab_size,
+        eos_ids=eos,
+        dtype=dtype,
+        num_blocks=geometry.num_blocks,
+        kv_bytes=_kv_bytes(geometry),
+    )
+    return Engine(config, loop, WallDriver(loop, clock), executor, info, grammar, Stats(loop))
+
+
+def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
+    import torch
+
+    from presage.execute.sizing import least_kv_bytes
+    from presage.layers.ops import build_ops
+    from presage.models.loading import available_memory, check_memory, open_checkpoint, stderr_progress
+    from presage.models.params import parse
+    from presage.models.registry import build_model
+
+    m = config.model
+    checkpoint = open_checkpoint(m.model, m.revision, m.load_format)
+    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    dtype = m.dtype if m.dtype != "auto" else ("float32" if stored == "float32" else "bfloat16")
+    params = parse(checkpoint.config).limited(m.max_model_len)
+    width = {"float32": 4}
+    weights = checkpoint.nbytes * width.get(dtype, 2) // width.get(stored, 2)
+    check_memory(weights, least_kv_bytes(config, params, dtype), available_memory())
+    ops = build_ops(config.executor.kernels, getattr(torch, dtype), thread_count(config))
+    if not progress:
+        return checkpoint, build_model(checkpoint, getattr(torch, dtype), ops, None, m.max_model_len), dtype
+    with stderr_progress("loading") as report:
+        model = build_model(checkpoint, getattr(torch, dtype), ops, lambda done, of: report(checkpoint.nbytes * done // of, checkpoint.nbytes), m.max_model_len)
+    return checkpoint, model, dtype
+
+
+def thread_count(config: EngineConfig) -> int:
+    """Threads of a step: the setting, else OMP_NUM_THREADS, else the cores this process may use."""
+    import os
+
+    if config.executor.threads:
+        return config.executor.threads
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(given) > 0:
+        return int(given)
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _geometry(config: EngineConfig, model: Any, max_len: int) -> KVGeometry:
+    from presage.models.loading import available_memory
+
+    groups, s = model.kv_groups(config.cache.block_size), config.scheduler
+    if config.cache.num_gpu_blocks_override is not None:
+        return KVGeometry(groups=groups, num_blocks=(config.cache.num_gpu_blocks_override,) * len(groups))
+    room = parse_bytes(config.cache.kv_cache_memory) if config.cache.kv_cache_memory is not None else int(available_memory() * config.cache.memory_utilization)
+    if config.cache.kv_cache_memory is None:
+        # More than every seat at full length can never be used.
+        room = min(room, sum(g.block_bytes * (g.blocks(max_len) * s.max_num_seqs + 1) for g in groups))
+    return size_pools(groups, room, s.max_num_seqs, s.max_num_batched_tokens, max_len)
+
+
+def _kv_bytes(geometry: KVGeometry) -> int:
+    return sum(g.block_bytes * n for g, n in zip(geometry.groups, geometry.num_blocks))
+
+
+def _log(config: EngineConfig, geometry: KVGeometry, layers: int, eos: list[int], max_len: int) -> NullLog:
+    o = config.observability
+    if o.decision_log is None or o.decision_log_level == "none":
+        return NullLog()
+    return DecisionLog(o.decision_log, o.decision_log_level, o.decision_log_bytes, log_header(config, geometry, layers, eos, max_len))

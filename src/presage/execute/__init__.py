@@ -1,0 +1,1 @@
+"""The torch executor: batch assembly, the walk over layers, sampling."""

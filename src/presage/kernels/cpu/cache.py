@@ -1,0 +1,194 @@
+"""How kernels are compiled and kept on disk.
+
+A *kernel* is a C callback `void kernel(int64 table)` made by a factory whose arguments (ints and strings) become captured
+constants:
+
+    @kernel
+    def scale(columns: int):                       # one compiled callback per `columns`
+        def run(table):                            # `table`: address of a Table, see team.py and region.py
+            ...
+        return run
+
+    team.run(scale(64), table.address)             # compiled or loaded at the first use of .address
+
+Helper functions called by kernels are marked `@device`: they are inlined, so register files may be passed to them.
+
+numba's own cache has three traps (measured): it does not see edits in the module that defines the intrinsics, a closure
+over an intrinsic or a helper never hits, and every miss leaves a file behind. Here the key is explicit instead: factory name,
+constants, a stamp over the factory's source file and everything of ours that it imports, and one over numba, llvmlite, LLVM and
+the target CPU. One directory per toolchain, one file per kernel, written atomically; a damaged file is recompiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from llvmlite import binding
+from numba.core import compiler, registry, serialize, types
+from numba.core import config as numba_config
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
+
+Progress = Callable[[int, int, str], None]
+config: Any = numba_config  # its attributes are set at run time
+
+KEEP = 4
+"""Versions of a kernel's code that stay on disk: branches and checkouts share the directory."""
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """A helper inlined into the kernels that call it. Never raises: division by zero gives what the hardware gives."""
+    return numba.njit(error_model="numpy", forceinline=True)(function)
+
+
+def subroutine(function: Callable[..., Any]) -> Any:
+    """A helper that stays a call (large and rarely executed code): arguments and results are scalars and vectors."""
+    # Said explicitly: numba hands `forceinline` down from a @device caller.
+    return numba.njit(error_model="numpy", forceinline=False)(function)
+
+
+def cache_directory() -> Path:
+    """NUMBA_CACHE_DIR, else PRESAGE_CACHE_ROOT, else ~/.cache/presage; with `kernels` below it."""
+    root = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("PRESAGE_CACHE_ROOT")
+    return (Path(root) if root else Path.home() / ".cache" / "presage") / "kernels"
+
+
+def sources_of(path: Path) -> frozenset[Path]:
+    """The source file `path` and all modules of `presage` it imports, directly or not: what its machine code may depend on."""
+    found: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        source = waiting.pop()
+        if source not in found:
+            found.add(source)
+            waiting += _imports(source)
+    return frozenset(found)
+
+
+@cache
+def _imports(path: Path) -> tuple[Path, ...]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = {
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("presage.kernels")
+    }
+    specs = [importlib.util.find_spec(name) for name in sorted(names)]
+    return tuple(Path(spec.origin) for spec in specs if spec and spec.origin)
+
+
+def sources_stamp(paths: Iterable[Path]) -> str:
+    """Hash over the contents of source files."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def toolchain_stamp() -> str:
+    """Hash over Python, numba, llvmlite, LLVM and the CPU compiled for."""
+    versions = (sys.version_info[:2], numba.__version__, llvmlite.__version__, binding.llvm_version_info, binding.get_process_triple())
+    target = (config.CPU_NAME or binding.get_host_cpu_name(), config.CPU_FEATURES or binding.get_host_cpu_features().flatten(), config.OPT)
+    return hashlib.sha256(repr((versions, target)).encode()).hexdigest()[:16]
+
+
+@cache
+def _stamps(path: Path) -> tuple[str, str]:
+    return toolchain_stamp(), sources_stamp(sources_of(path))
+
+
+class Kernel:
+    """One compiled C callback `void (int64 table)`; compiled, or loaded from disk, when `address` is first read."""
+
+    def __init__(self, factory: Callable[..., Callable[..., None]], constants: tuple[int | str, ...]) -> None:
+        self._factory, self._constants = factory, constants
+        self._compiled: Any = None
+        self._address = 0
+        self.from_cache = False
+        self.name = "-".join([factory.__name__, *map(str, constants)])
+
+    @property
+    def address(self) -> int:
+        """Address of the callback."""
+        return self._address or self.load()
+
+    def load(self) -> int:
+        """Make the callback ready and return its address. Safe to call from several threads."""
+        with global_compiler_lock:
+            if not self._address:
+                self._compiled = self._read() or self._compile()
+                self._address = self._compiled.library.get_pointer_to_function(self._compiled.fndesc.llvm_cfunc_wrapper_name)
+        return self._address
+
+    def _path(self) -> Path:
+        toolchain, sources = _stamps(Path(inspect.getsourcefile(self._factory) or __file__))
+        return cache_directory() / toolchain / f"{self._factory.__module__}.{self.name}-{sources}.bin"
+
+    def _read(self) -> Any:
+        try:
+            payload = pickle.loads(self._path().read_bytes())
+            compiled = compiler.CompileResult._rebuild(registry.cpu_target.target_context, *payload)
+        except Exception:  # a missing, truncated or foreign file of any kind means the same: compile again
+            return None
+        self.from_cache = True
+        return compiled
+
+    def _compile(self) -> Any:
+        options = {"nopython": True, "error_model": "numpy"}
+        callback: Any = CFunc(self._factory(*self._constants), ((types.int64,), types.void), {}, options)
+        compiled = callback._compile_uncached()
+        compiled.library.enable_object_caching()
+        compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+        self._write(serialize.dumps(compiled._reduce()))
+        return compiled
+
+    def _write(self, payload: bytes) -> None:
+        path = self._path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+            os.replace(name, path)
+            versions = path.parent.glob(path.name.rpartition("-")[0] + "-" + "?" * 16 + ".bin")
+            for old in sorted(versions, key=os.path.getmtime)[:-KEEP]:
+                old.unlink()
+        except OSError:  # a read-only or full disk costs a recompilation at the next start, nothing else
+            return
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.name}>"
+
+
+def kernel(factory: Callable[..., Callable[..., None]]) -> Callable[..., Kernel]:
+    """Turn a factory of kernel functions into a function from the same constants to the one `Kernel` made of them."""
+
+    @cache
+    def of(*constants: int | str) -> Kernel:
+        return Kernel(factory, constants)
+
+    of.__doc__, of.__name__ = factory.__doc__, factory.__name__
+    return of
+
+
+def compile_all(kernels: Iterable[Kernel], progress: Progress | None = None) -> int:
+    """Make every kernel ready; `progress(done, total, name)` is called before each and once at the end. Returns how many were compiled."""
+    wanted = list(kernels)
+    for done, item in enumerate(wanted):
+        if progress:
+            progress(done, len(wanted), item.name)
+        item.load()
+    if progress:
+        progress(len(wanted), len(wanted), "")
+    return sum(not item.from_cache for item in wanted)

@@ -1,0 +1,1 @@
+"""Plain-torch twins of the kernels: the truth they are compared with, and what gradients flow through."""

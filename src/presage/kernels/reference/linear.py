@@ -1,0 +1,78 @@
+"""Plain-torch twins of the linear kernels: differentiable, in any float type, and the definition of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from presage.core.errors import ConfigError
+
+
+def activation(x: torch.Tensor, act: str | None) -> torch.Tensor:
+    """The elementwise activation `act` without its `_mul`: None, silu, gelu_tanh or gelu. Raises ConfigError."""
+    name = (act or "").removesuffix("_mul")
+    if not name:
+        return x
+    if name == "silu":
+        return F.silu(x)
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+    raise ConfigError(f"unknown activation {act!r}", param="act")
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    act: str | None = None,
+    scale_rows: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """epilogue(x @ weight.T) [t, N], computed in float32 (float64 stays).
+
+    x [t, K], weight [N, K] in any float type; with a `_mul` activation weight is gate over up [2 N, K]. Operands as in the kernel;
+    the residual [t, N] is added last and is not changed.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        y = y + bias
+    gated = act is not None and act.endswith("_mul")
+    y, up = y.chunk(2, dim=-1) if gated else (y, None)
+    if softcap > 0:
+        y = softcap * torch.tanh(y / softcap)
+    y = activation(y, act)
+    if up is not None:
+        y = y * up
+    if scale_rows is not None:
+        y = y * scale_rows[:, None]
+    return y if residual is None else residual + y
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    offsets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    act: str | None = None,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear` with weights[e] for the rows offsets[e] .. offsets[e+1] of x [t, K]; bias [E, N], row_scale [t]."""
+    borders = offsets.tolist()
+    parts = [
+        linear(
+            x[start:stop],
+            weights[e],
+            bias=None if bias is None else bias[e],
+            act=act,
+            scale_rows=None if row_scale is None else row_scale[start:stop],
+        )
+        for e, (start, stop) in enumerate(pairwise(borders))
+    ]
+    return torch.cat(parts)

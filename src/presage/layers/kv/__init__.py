@@ -1,0 +1,1 @@
+"""KV methods: how keys and values are stored, written and attended."""

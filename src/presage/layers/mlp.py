@@ -1,0 +1,22 @@
+"""The MLP half of a dense layer."""
+
+from __future__ import annotations
+
+from presage.layers.attention import enter, leave
+from presage.layers.linear import Linear
+from presage.layers.norm import Norm
+from presage.layers.state import LayerContext, Stage, State
+
+
+class MLP:
+    """Stage mlp: ``down(act(up(x)))``. The activation, gated or not, belongs to ``up``."""
+
+    def __init__(self, up: Linear, down: Linear, before: Norm | None, after: Norm | None = None) -> None:
+        self.up, self.down, self.before, self.after = up, down, before, after
+        self.stages = (Stage("mlp", self.mlp, "mlp", "gemm"),)
+
+    def mlp(self, s: State, c: LayerContext) -> None:
+        """The whole half."""
+        x = enter(self.before, s, c)
+        y = self.up(x, c.work.take("ff", len(x), self.up.cols, c.ops.dtype))
+        leave(self.down, y, self.after, s, c)

@@ -1,0 +1,94 @@
+"""Layer operations on the plain-torch twins: slow, plain, the truth that kernels are compared with."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from presage.kernels.reference import activation as activation_twin
+from presage.kernels.reference import attention as attention_twin
+from presage.kernels.reference import kv_copy
+from presage.kernels.reference import linear as linear_twin
+from presage.kernels.reference import norm as norm_twin
+from presage.kernels.reference import rope as rope_twin
+from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies
+
+if TYPE_CHECKING:
+    from presage.execute.batch import Batch, Table
+
+
+class ReferenceOps:
+    """Runs in the calling thread."""
+
+    kind, threads = "reference", 1
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def pack(self, weight: torch.Tensor) -> Any:
+        return weight.to(self.dtype)
+
+    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
+        return torch.cat([gate, up]).to(self.dtype)
+
+    def pack_experts(self, packs: list[Any]) -> Any:
+        return packs
+
+    def linear(
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, act: str, softcap: float
+    ) -> None:
+        out.copy_(linear_twin.linear(x, packed, bias=bias, residual=residual, act=act or None, softcap=softcap))
+
+    def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:
+        out.copy_(linear_twin.grouped_linear(x, experts, offsets, act=act or None))
+
+    def norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool) -> BoundNorm:
+        if center:
+            return lambda x, out: norm_twin.layernorm(x, weight, bias, eps, out)
+        return lambda x, out: norm_twin.rmsnorm(x, weight, eps, out)
+
+    def rope_write(
+        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: torch.Tensor | None, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float
+    ) -> BoundWrite:
+        def write(qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, q_out: torch.Tensor) -> None:
+            q = q_out.view(len(q_out), -1, values.shape[-1])
+            rope_twin.rope_write(qkv, positions, cos_sin, q, keys, values, slots, q_norm, k_norm, eps)
+
+        return write
+
+    def attention(self, keys: torch.Tensor, values: torch.Tensor, heads: int, scale: float, window: int, softcap: float) -> BoundAttention:
+        def attend(q: torch.Tensor, views: partial[torch.Tensor], out: torch.Tensor) -> None:
+            views(q.view(len(q), heads, -1), keys, values, out=out, scale=scale, window=window, softcap=softcap)
+
+        return attend
+
+    def views(self, table: Table, batch: Batch) -> Any:
+        b = batch
+        return partial(
+            attention_twin.paged_attention, indptr=table.indptr, blocks=table.blocks, span_of=b.span_of, index=b.index, linear=b.linear,
+            kv_len=b.kv_len, tree=b.tree, position=b.positions,
+        )  # fmt: skip
+
+    def moe_combine(self, parts: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> None:
+        h.copy_(activation_twin.moe_combine(parts, inverse, weight, h))
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        activation_twin.embedding(ids, table, out, scale)
+
+    def copies(self, arrays: Arrays) -> Copies:
+        return TwinCopies(arrays)
+
+
+class TwinCopies:
+    """Copies with plain indexing."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self._arrays = arrays
+
+    def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        kv_copy.copy_blocks(self._arrays, src, dst)
+
+    def move_slots(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        kv_copy.move_slots(self._arrays, src, dst)

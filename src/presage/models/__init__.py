@@ -1,0 +1,1 @@
+"""Models: declarative families (one file per Hugging Face model_type) and checkpoint loading."""

@@ -1,0 +1,19 @@
+"""Builds the expert half of a layer from a checkpoint with one set of tensors per expert."""
+
+from __future__ import annotations
+
+from presage.core.errors import CheckpointError
+from presage.layers.moe import Experts
+from presage.layers.norm import Norm
+from presage.models.base import Model
+
+
+def expert_half(model: Model, i: int, before: Norm | None) -> Experts:
+    """The experts of layer i; parts ``router``, ``expert_gate``, ``expert_up``, ``expert_down`` (with ``{e}``) of the family's names."""
+    moe, w = model.params.moe[i], model.weights
+    if moe is None or before is None:
+        raise CheckpointError(f"layer {i} has no experts")
+    count = w.get("router", i).shape[0]  # pruned checkpoints keep fewer than the configuration says
+    gate_up = [(w.get("expert_gate", i, expert=e), w.get("expert_up", i, expert=e)) for e in range(count)]
+    down = [w.get("expert_down", i, expert=e) for e in range(count)]
+    return Experts(model.ops, model.linear("router", ("router",), i), gate_up, down, moe.top_k, moe.normalise, f"{model.params.act}_mul", before)

@@ -1,0 +1,31 @@
+"""From a checkpoint to a model: the family's file is named after its ``model_type``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from presage.core.errors import ConfigError
+from presage.layers.ops import Ops
+from presage.models.base import Model, Progress
+from presage.models.params import parse
+from presage.models.weights import Checkpoint, Weights
+
+
+def family(model_type: str) -> type[Model]:
+    """The Model class of a supported model_type (``params.FAMILIES``); each family file calls its class ``Family``."""
+    return import_module(f"presage.models.{model_type}").Family
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, ops: Ops, progress: Progress | None = None, max_len: int | None = None) -> Model:
+    """Build and pack a model. ``dtype`` must be the ops' own; ``progress(done, layers)`` is called after each layer.
+
+    Raises UnsupportedModel (type or option not supported, the message lists what is) and CheckpointError (a tensor is missing or misshapen).
+    """
+    params = parse(checkpoint.config).limited(max_len)
+    if dtype != ops.dtype:
+        raise ConfigError(f"weights of type {dtype} for kernels of type {ops.dtype}", param="dtype")
+    cls = family(params.model_type)
+    weights = Weights(checkpoint, cls.names, cls.roots, cls.shapes(params))
+    return cls(params, weights, ops, getattr(checkpoint, "fingerprint", b""), progress)

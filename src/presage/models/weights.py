@@ -1,0 +1,96 @@
+"""Where a family keeps its tensors: one table of names per family, read through one small view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from presage.core.errors import CheckpointError
+from presage.models.params import Params
+
+
+class Checkpoint(Protocol):
+    """What loading hands over: the configuration and named tensors (mapped, not copied)."""
+
+    config: Any
+
+    def names(self) -> Any:
+        """All tensor names."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor."""
+
+
+LLAMA_NAMES: dict[str, str] = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "norm1": "model.layers.{i}.input_layernorm",
+    "norm2": "model.layers.{i}.post_attention_layernorm",
+    "q": "model.layers.{i}.self_attn.q_proj",
+    "k": "model.layers.{i}.self_attn.k_proj",
+    "v": "model.layers.{i}.self_attn.v_proj",
+    "o": "model.layers.{i}.self_attn.o_proj",
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
+    "gate": "model.layers.{i}.mlp.gate_proj",
+    "up": "model.layers.{i}.mlp.up_proj",
+    "down": "model.layers.{i}.mlp.down_proj",
+}
+"""Our part names -> the module names of most families' checkpoints."""
+
+Shape = tuple[int, ...]
+
+
+def part_shapes(p: Params) -> dict[str, Shape]:
+    """What every part must look like, (outputs, inputs); parts not listed are checked where they are used."""
+    norms = dict.fromkeys(("norm", "norm1", "norm2", "norm1_after", "norm2_after"), (p.d,))
+    linears = {
+        "embed": (p.vocab_size, p.d), "head": (p.vocab_size, p.d), "q": (p.q_dim, p.d), "k": (p.kv_dim, p.d), "v": (p.kv_dim, p.d),
+        "qkv": (p.q_dim + 2 * p.kv_dim, p.d), "o": (p.d, p.q_dim), "gate": (p.ff, p.d), "up": (p.ff, p.d), "gate_up": (2 * p.ff, p.d),
+        "down": (p.d, p.ff), "positions": (p.max_len, p.d),
+    }  # fmt: skip
+    moe = next((m for m in p.moe if m is not None), None)
+    if moe is not None:
+        linears |= {"expert_gate": (moe.ff, p.d), "expert_up": (moe.ff, p.d), "expert_down": (p.d, moe.ff)}
+    return norms | linears
+
+
+class Weights:
+    """Tensors by part name, their shapes checked against ``shapes``. ``root`` is what this checkpoint puts before (or instead of) ``model.``: some files nest the text model."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], roots: tuple[str, ...] = ("model.", ""), shapes: Mapping[str, Shape] | None = None) -> None:
+        self._get, self._names, self._shapes = checkpoint.get, names, shapes or {}
+        self._present = frozenset(checkpoint.names())
+        embed = names["embed"]
+        self._plain = embed[: embed.index(".") + 1]
+        found = [r for r in roots if r + embed.removeprefix(self._plain) + ".weight" in self._present]
+        if not found:
+            raise CheckpointError(f"no tensor {embed}.weight (or under {', '.join(map(repr, roots))}): not a checkpoint of this family")
+        self._root = found[0]
+
+    def name(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> str:
+        """The full tensor name of a part."""
+        path = self._names[part].format(i=layer, e=expert) + suffix
+        return self._root + path.removeprefix(self._plain) if path.startswith(self._plain) else path
+
+    def has(self, part: str, layer: int = 0, suffix: str = ".weight") -> bool:
+        """Is the tensor in the checkpoint?"""
+        return part in self._names and self.name(part, layer, suffix) in self._present
+
+    def get(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> torch.Tensor:
+        """One tensor. Raises CheckpointError naming it if it is missing or has another shape than the configuration says."""
+        name = self.name(part, layer, suffix, expert)
+        if name not in self._present:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+        tensor, wanted = self._get(name), self._shapes.get(part)
+        fits = wanted is None or tuple(tensor.shape) == wanted or (suffix == ".bias" and tensor.dim() == 1 and len(tensor) in wanted)
+        if not fits:
+            raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}; the configuration says {list(wanted or ())}")
+        return tensor
+
+    def maybe(self, part: str, layer: int = 0, suffix: str = ".bias") -> torch.Tensor | None:
+        """One tensor, None if the checkpoint has none."""
+        return self.get(part, layer, suffix) if self.has(part, layer, suffix) else None

@@ -1,0 +1,83 @@
+"""Building engine requests and shared pieces of answers."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from presage.core.errors import RequestError
+from presage.core.request import Request
+from presage.core.sampling_params import SamplingParams
+from presage.serve.auth import salt_of
+from presage.serve.front import Front, tenant_of
+from presage.serve.generate import Generation, ids_array
+from presage.serve.protocol.common import SLO, SamplingBody
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id such as ``cmpl-<32 hex>``."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def engine_request(
+    http: HttpRequest, front: Front, body: SamplingBody, name: str, model: str, prompt: Sequence[int], sampling: SamplingParams
+) -> Request:
+    """One request for the engine; deadlines count from now."""
+    now, tenant = front.clock(), tenant_of(http)
+    return Request(
+        id=name,
+        prompt=ids_array(prompt),
+        sampling=sampling,
+        arrival=now,
+        model=model,
+        tenant=tenant,
+        salt=salt_of(tenant, body.cache_salt),
+        priority=body.priority or 0,
+        program=body.program_id,
+        stage=body.stage,
+        draft=body.draft,
+        **deadlines(body.slo, now),
+    )
+
+
+def deadlines(slo: SLO | None, now: float) -> dict[str, float]:
+    """due_first and due_end as absolute times, due_each as an allowance, in seconds; inf where there is no wish."""
+    if slo is None:
+        return {}
+    first, each, end = (math.inf if ms is None else ms / 1e3 for ms in (slo.ttft_ms, slo.tpot_ms, slo.e2e_ms))
+    return {"due_first": now + first, "due_each": each, "due_end": now + end}
+
+
+def check_stream(body: SamplingBody) -> bool:
+    """True if the answer is a stream. Errors: stream_options without a stream, prompt_logprobs with one."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs is not available in a stream", param="prompt_logprobs")
+    return bool(body.stream)
+
+
+def usage(generations: Sequence[Generation], reasoning: int | None = None) -> dict[str, Any]:
+    """Token counts over all requests of one call; ``reasoning`` tokens are part of the completion tokens."""
+    n_prompt, n_output = sum(g.n_prompt for g in generations), sum(g.n_output for g in generations)
+    out: dict[str, Any] = {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_output,
+        "total_tokens": n_prompt + n_output,
+        "prompt_tokens_details": {"cached_tokens": sum(g.n_cached for g in generations)},
+    }
+    if reasoning is not None:
+        out["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return out
+
+
+def check_prompt_ids(ids: Sequence[int], vocab: int, param: str) -> None:
+    """Errors: RequestError for an empty prompt or ids outside of the vocabulary."""
+    if not ids:
+        raise RequestError("the prompt is empty", param=param)
+    if min(ids) < 0 or max(ids) >= vocab:
+        raise RequestError(f"token ids must be between 0 and {vocab - 1}", param=param)
