@@ -1,6 +1,6 @@
 """Microseconds of the block manager's calls in a decode loop: nothing to do, the usual share of rows crossing a block, all of them.
 
-    python -m benchmarks.cache
+python -m benchmarks.cache
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Bench:
         self.executor = executor or NullExecutor(geometry)
         table, requests = Table(8), dict[int, Request]()
         self.emissions: list[Emission] = []
-        self.kv = BlockManager(geometry, max_len=max_len + 64, prefix_caching=self.config.cache.enable_prefix_caching, content=content)
+        self.kv = BlockManager(geometry, max_len=max_len + 64, prefix_caching=self.config.cache.enable_prefix_caching, content=content, max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens)
         config = loop_config(self.config, max_len)
         config.max_drafts = max_drafts
         self.loop = Loop(

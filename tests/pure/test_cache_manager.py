@@ -164,7 +164,10 @@ def test_a_hit_moves_a_block_out_of_the_way_of_eviction() -> None:
     e.run(0, range(12))
     e.kv.close(0)
     assert e.run(1, range(9)) == 8
-    e.run(2, range(50, 62))  # 3 blocks: 2 unused ones and the evicted tail of slot 0
+    e.open(2, range(50, 62))
+    version = e.kv.version
+    e.apply(2, 12)  # 3 blocks: 2 unused ones and the evicted tail of slot 0
+    assert e.kv.version == version + 1
     assert e.kv.usage()["cached"] == 0
     assert e.open(3, range(12)) == 8
 
@@ -174,7 +177,9 @@ def test_an_evicted_hit_is_cut_when_priced_and_applied() -> None:
     e.run(0, range(12))
     e.kv.close(0)
     assert e.open(1, range(12)) == 8
+    version = e.kv.version
     e.run(2, range(50, 67))  # 5 blocks: only the head of slot 0 is left
+    assert e.kv.version > version
     assert e.need(1, 12) == [3]  # two above the hit, and the hit itself is unreferenced
     e.kv.close(2)
     del e.ids[2], e.ids[0]
@@ -417,3 +422,16 @@ def test_misuse_is_named() -> None:
         e.kv.open(0, Request(id="0", prompt=np.zeros(1, np.int32)))
     with pytest.raises(AuditFailed, match="cannot share"):
         e.kv.fork(0, 1, 3)
+
+
+def test_rewriting_a_queued_request_forgets_its_hit() -> None:
+    e = Engine()
+    e.run(0, range(12))
+    assert e.open(1, range(12)) == 8
+    e.kv.truncate(1, 5)
+    e.ids[1] = np.array([0, 1, 2, 3, 4, 70, 71, 72, 73], np.int32)
+    assert e.need(1, 9) == [3]
+    assert e.kv.match(1, e.ids[1]) == 4 and e.need(1, 9) == [2]
+    e.apply(1, 9)
+    assert e.row(1)[0] == e.row(0)[0] and e.row(1)[1] != e.row(0)[1]
+    e.audit()

@@ -28,9 +28,7 @@ def peak_blocks(group: KVGroup, tokens: int, chunk: int) -> int:
     return min(whole, (reach - 2) // group.block_tokens + 2 + group.blocks(group.sinks))
 
 
-def size_pools(
-    groups: tuple[KVGroup, ...], bytes: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
-) -> KVGeometry:
+def size_pools(groups: tuple[KVGroup, ...], bytes: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> KVGeometry:
     """Blocks per pool within ``bytes`` of memory. Raises NotEnoughMemory if one sequence of ``max_model_len`` tokens does not fit.
 
     All pools get equally many blocks, for short sequences use as many in window groups as in full ones; but a window pool stops at
@@ -66,7 +64,4 @@ def _useful(groups: tuple[KVGroup, ...], max_num_seqs: int, chunk: int) -> list[
     if all(bounded):
         # No full group could take the rest: more window blocks at least keep more prefixes.
         return [None] * len(groups)
-    return [
-        max_num_seqs * (peak_blocks(g, 1 << 40, 1) + 1) + g.blocks(chunk) if w else None
-        for g, w in zip(groups, bounded, strict=True)
-    ]
+    return [max_num_seqs * (peak_blocks(g, 1 << 40, 1) + 1) + g.blocks(chunk) if w else None for g, w in zip(groups, bounded, strict=True)]

@@ -59,7 +59,7 @@ class BlockManager:
         self._roots: dict[int, bytes] = {}
         self._chains: dict[int, list[bytes]] = {}
         self._limbo: list[tuple[Pool, int]] = []
-        self._queries = self._hit_tokens = self._published = 0
+        self._queries = self._hit_tokens = self._published = self.version = 0
         self._allocate(capacity)
 
     def _allocate(self, n: int) -> None:
@@ -90,10 +90,8 @@ class BlockManager:
         """Names erased so far, over all pools."""
         return sum(p.evictions for p in self.pools)
 
-    @property
-    def version(self) -> int:
-        """Rises whenever a block was published or its name erased: remembered hits may have changed."""
-        return self._published + self.evictions
+    def _renew(self) -> None:
+        self.version = self._published + self.evictions
 
     def open(self, slot: int, req: Request) -> None:
         """A request takes the slot: its hash chain starts at its salt, model and adapter."""
@@ -219,6 +217,7 @@ class BlockManager:
             # Kept until the copy has been submitted; and each sharer in this plan sees the same count, as the ledger did.
             self._limbo.append((pool, src))
         self.todo[slot] &= ~np.uint8(COPY)
+        self._renew()
 
     def _flush(self) -> None:
         for pool, block in self._limbo:
@@ -241,6 +240,7 @@ class BlockManager:
                 table[slot, low:high] = blocks[at : at + high - low]
                 at += high - low
         owned[slots] = want
+        self._renew()
 
     def commit(self, slots: Ints, computed: Ints, ids: Callable[[int, int, int], np.ndarray]) -> None:
         """``computed`` tokens of each slot are accepted and written in all layers: publish full blocks, free what left the window.
@@ -266,6 +266,7 @@ class BlockManager:
             for i, block in enumerate(self.tables[g][slot, done:full].tolist(), done):
                 self._published += block > 0 and pool.publish(block, chain[i])
         self.sealed[slot] = full
+        self._renew()
 
     def _leave_window(self, g: int, pool: Pool, slot: int, first: int) -> None:
         row = self.tables[g][slot, self.gone[g][slot] : first]
@@ -353,6 +354,7 @@ class BlockManager:
         for pool in self.pools:
             pool.forget()
         self._published += 1
+        self._renew()
         self.hit[:] = 0
         # By `owned`, not `lengths`: a first chunk may be in flight.
         for owned in self.owned:

@@ -59,10 +59,14 @@ class Ledger(Protocol):
 
 
 class KVCache(Protocol):
-    """The pure half of the KV cache: who owns which block. Called by the loop only."""
+    """The pure half of the KV cache: who owns which block. Called by the loop only.
+
+    ``lengths[slot]``: committed tokens really held; read it after apply, truncate and fork, which may leave less than was asked for.
+    """
 
     geometry: KVGeometry
     tables: tuple[np.ndarray, ...]
+    lengths: Ints
     version: int
 
     def open(self, slot: int, req: Request) -> None: ...

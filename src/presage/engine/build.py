@@ -92,7 +92,8 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     table, requests = Table(), dict[int, Request]()
     log = _log(config, geometry, executor.layers, eos, max_len)
     content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
-    kv = BlockManager(geometry, max_len=max_len + 1, prefix_caching=config.cache.enable_prefix_caching, content=content)
+    kv = BlockManager(geometry, max_len=max_len + 1, prefix_caching=config.cache.enable_prefix_caching, content=content,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens)
     grammar = grammars(tokenizer, model.vocab_size, eos, config.structured_outputs.compile_timeout)
     loop = Loop(
         loop_config(config, max_len),

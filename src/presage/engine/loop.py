@@ -220,8 +220,8 @@ class Loop:
         """Evict, take blocks, draft, bind, launch. A generator: a model drafter yields its own passes and gets their results."""
         if len(g.evict):
             self.receiver.evict(g.evict)
-        state = self.table.state[g.slot]
-        if (state != _RUNNING).any():
+        admitted = (self.table.state[g.slot] != _RUNNING).any()
+        if admitted:
             self.receiver.admit(g)
             g = g.select(self.table.state[g.slot] == _RUNNING)
         lead = g.lane == self.table.lead[g.slot]
@@ -240,9 +240,23 @@ class Loop:
             return
         upto = frontier(self.table, g, 0)
         moves = self.kv.apply(g.slot, upto + np.diff(draft.offset) if len(draft) else upto)
+        if admitted and not len(draft):
+            g = self._held(g)
+            if not len(g):
+                return
+            draft = Draft.none(len(g))
         plan = bind(self.steps, 0, self.table, self.arena, self.kv, g, draft, self._with_rows(moves), self.executor.layers)
         plan.rule = self.config.rule
         self.launch(plan, g, draft)
+
+    def _held(self, g: Grants) -> Grants:
+        """A prefix hit that lost blocks since it was found is shorter now: that slot is planned again from what it really has."""
+        t = self.table
+        short = self.kv.lengths[g.slot] < t.computed[g.slot, 0]
+        if not short.any():
+            return g
+        t.computed[g.slot[short], 0] = self.kv.lengths[g.slot[short]]
+        return g.select(~short)
 
     def _select(self, g: Grants, draft: Draft) -> tuple[Grants, Draft]:
         from presage.draft.prune import keep_nodes  # only with a drafter

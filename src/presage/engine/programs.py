@@ -149,7 +149,7 @@ class Programs:
             t.move(dst, State.RUNNING)
             loop.kv.fork(src, dst, shared)
             loop.receiver.seat(dst, ids)
-            t.computed[dst, 0], t.t_start[dst] = shared, loop.view.now
+            t.computed[dst, 0], t.t_start[dst] = loop.kv.lengths[dst], loop.view.now
         else:
             loop.receiver.held_ids[dst] = ids
             loop.queue.append(dst)
@@ -183,9 +183,9 @@ class Programs:
             raise RequestError("a rewrite may not go below what the client was sent")
         t.known[slot], t.out[slot] = keep, keep - int(t.prompt[slot])
         t.last[slot] = loop.arena.ids[t.row[slot], keep - 1]
-        t.computed[slot, 0] = min(int(t.computed[slot, 0]), keep - 1)
         t.fronts.pop(slot, None)
-        loop.kv.truncate(slot, int(t.computed[slot, 0]))
+        loop.kv.truncate(slot, min(int(t.computed[slot, 0]), keep - 1))
+        t.computed[slot, 0] = loop.kv.lengths[slot]  # 0 if a window group no longer holds what lies before
         for companion in loop.companions:
             companion.rewind(slot, keep)
         if loop.cutter.strings is not None:

@@ -67,6 +67,10 @@ class Receiver:
             for branch in range(max(1, req.sampling.n)):
                 self.loop.emitter.refuse(req, branch, error)
             return
+        if len(req.emitted) and len(req.prompt) + len(req.emitted) >= self._end(req):
+            # Resumed with everything it may have: only its end was lost.
+            self.loop.emitter.terminal(req, req.branch, Finish.LENGTH, None)
+            return
         slot = self.open(req, wait)
         self._park(slot, wait)
         self.held_ids[slot] = np.concatenate([req.prompt, req.emitted]).astype(np.int32) if len(req.emitted) else req.prompt

@@ -153,7 +153,7 @@ def _rebuild(header: dict[str, Any], names: Any, log: NullLog) -> tuple[Loop, Re
     table, requests = Table(), dict[int, Request]()
     cutter = RecordedCutter(table, requests, header["eos"])
     max_len = header["max_model_len"]
-    kv = BlockManager(geometry, max_len=max_len, prefix_caching=config.cache.enable_prefix_caching, content=names or HashedContent())
+    kv = BlockManager(geometry, max_len=max_len, prefix_caching=config.cache.enable_prefix_caching, content=names or HashedContent(), max_num_batched_tokens=config.scheduler.max_num_batched_tokens)
     loop = Loop(
         loop_config(config, max_len),
         SilentExecutor(geometry, header["layers"], header["depth"]),

@@ -18,7 +18,7 @@ from presage.layers.ops import KERNEL_BLOCK, Ops
 
 
 class Table:
-    """One KV group's table: ``indptr`` int32 [S+1], ``blocks`` int32 (kernel blocks of 32 tokens), ``slots`` int64 [t] (-1 = not written)."""
+    """One KV group's table: ``indptr`` int32 [S+1], ``blocks`` int32 (kernel blocks), ``slots`` int64 [t] (-1 = not written)."""
 
     __slots__ = ("blocks", "indptr", "slots")
 
@@ -28,11 +28,11 @@ class Table:
     @classmethod
     def of(cls, table: BlockTable, block_tokens: int) -> Table:
         """From the plan's table, whose blocks hold ``block_tokens`` tokens."""
-        indptr, blocks, ratio = table.indptr, table.blocks, block_tokens // KERNEL_BLOCK
-        if ratio > 1:
-            indptr = indptr * ratio
-            blocks = (blocks[:, None] * ratio + np.arange(ratio, dtype=np.int32)).reshape(-1)
-        return cls(_int32(indptr), _int32(blocks), torch.from_numpy(np.ascontiguousarray(table.slots, np.int64)))
+        ratio, slots = block_tokens // KERNEL_BLOCK, torch.from_numpy(np.ascontiguousarray(table.slots, np.int64))
+        if ratio == 1:
+            return cls(_int32(table.indptr), _int32(table.blocks), slots)
+        parts = table.blocks[:, None] * ratio + np.arange(ratio)
+        return cls(_int32(table.indptr * ratio), _int32(parts.reshape(-1)), slots)
 
 
 class Batch:

@@ -117,6 +117,8 @@ class TorchExecutor:
     def _ids(self, plan: StepPlan) -> Ints:
         if plan.ids.max() >= self.model.vocab_size:
             raise StepFailed(f"token id {plan.ids.max()} is outside the vocabulary of {self.model.vocab_size}")
+        if plan.position.max() >= self.model.max_len:
+            raise StepFailed(f"position {plan.position.max()} is beyond the model's length of {self.model.max_len}")
         if plan.ids.min() >= 0:
             return plan.ids
         fed = np.flatnonzero(plan.ids < 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from presage.core.errors import StepFailed
+from presage.execute.batch import Batch
 from presage.layers.kv.plain import PlainKV
 from presage.layers.state import LayerContext, Workspace
-from presage.execute.batch import Batch
 from presage.models.base import Model
 
 

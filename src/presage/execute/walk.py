@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def compile_legs(layer0: Ints, layer1: Ints) -> list[Leg]:
     """Legs of a step from its spans' half-open layer ranges; intervals without spans make no leg."""
     edges = np.unique(np.concatenate([layer0, layer1])).tolist()
     legs = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         inside = np.flatnonzero((layer0 <= start) & (layer1 > start)).astype(np.int32)
         if len(inside):
             legs.append(Leg(start, stop, inside, inside[layer0[inside] == start], inside[layer1[inside] == stop]))

@@ -39,7 +39,7 @@ class QKNorm:
 
 
 class Attention:
-    """Stages attn_in, attend, attn_out. ``before`` None reads the residual stream as it is; ``after`` norms the half's output (sandwich)."""
+    """Stages attn_in, attend, attn_out. ``before`` None: the residual stream goes in as it is; ``after`` norms the output (sandwich)."""
 
     def __init__(
         self,

@@ -14,7 +14,8 @@ class Linear:
     """``x @ W.T + b`` with several checkpoint matrices fused row-wise; ``segments`` are their output widths in order.
 
     ``act`` is applied to the output: "" none, "gelu_tanh" ... elementwise; "silu_mul", "gelu_tanh_mul" ... take [gate; up] and give
-    act(gate) * up, so the output has half the columns. ``softcap`` c > 0 makes outputs c tanh(y / c). Accumulation is float32, whatever the input's type.
+    act(gate) * up, so the output has half the columns. ``softcap`` c > 0 makes outputs c tanh(y / c). Accumulation is float32, whatever
+    the input's type.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ class MLP:
 
     def __init__(self, up: Linear, down: Linear, before: Norm | None, after: Norm | None = None) -> None:
         self.up, self.down, self.before, self.after = up, down, before, after
-        self.stages = (Stage("mlp", self.mlp, "mlp", "gemm"),)
+        self.stages: tuple[Stage, ...] = (Stage("mlp", self.mlp, "mlp", "gemm"),)
 
     def mlp(self, s: State, c: LayerContext) -> None:
         """The whole half."""

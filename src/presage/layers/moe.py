@@ -42,7 +42,7 @@ class Experts:
         self.count, self.ff, self.d = len(down), down[0].shape[1], down[0].shape[0]
         self.gate_up: Any = ops.pack_experts([ops.pack_gate_up(gate, up) for gate, up in gate_up])
         self.down: Any = ops.pack_experts([ops.pack(w) for w in down])
-        self.stages = (
+        self.stages: tuple[Stage, ...] = (
             Stage("route", self.route, "router", "gemm"),
             Stage("experts", self.experts, "experts", "experts"),
             Stage("combine", self.combine, "router", "gemm"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KERNEL_BLOCK = 32
 """Tokens of a block as kernels see it."""
 
+Maybe = torch.Tensor | None
 Arrays = Sequence[tuple[torch.Tensor, torch.Tensor]]
 BoundNorm = Callable[[torch.Tensor, torch.Tensor], Any]
 BoundWrite = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
@@ -50,7 +51,7 @@ class Ops(Protocol):
         """Packed weights of equal shape, for one grouped call."""
 
     def linear(
-        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, act: str, softcap: float
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
     ) -> None:
         """out = epilogue(x @ W.T); ``residual`` may only be ``out`` itself."""
 
@@ -63,11 +64,11 @@ class Ops(Protocol):
     def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float, out: torch.Tensor) -> None:
         """out [t, d] float32 = table[ids] * scale."""
 
-    def norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool) -> BoundNorm:
+    def norm(self, weight: torch.Tensor, bias: Maybe, eps: float, center: bool) -> BoundNorm:
         """RMS norm (``center``: layer norm): call(x, out)."""
 
     def rope_write(
-        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: torch.Tensor | None, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float
+        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: Maybe, q_norm: Maybe, k_norm: Maybe, eps: float
     ) -> BoundWrite:
         """q and k norms, rotary and cache write: call(qkv, positions, slots, q_out)."""
 

@@ -14,7 +14,7 @@ from presage.kernels.cpu.norm import Norm
 from presage.kernels.cpu.pack import pack, pack_gate_up
 from presage.kernels.cpu.rope import RopeWrite
 from presage.kernels.cpu.team import Team
-from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies
+from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
@@ -39,18 +39,18 @@ class CpuOps:
         return kernels.Experts(packs)
 
     def linear(
-        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, act: str, softcap: float
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
     ) -> None:
         kernels.linear(self.team, x, packed, out, bias=bias, residual=residual, act=act or None, softcap=softcap)
 
     def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:
         kernels.grouped_linear(self.team, x, experts, offsets, out, act=act or None)
 
-    def norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool) -> BoundNorm:
+    def norm(self, weight: torch.Tensor, bias: Maybe, eps: float, center: bool) -> BoundNorm:
         return Norm(self.team, weight, eps, bias=bias, center=center)
 
     def rope_write(
-        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: torch.Tensor | None, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float
+        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: Maybe, q_norm: Maybe, k_norm: Maybe, eps: float
     ) -> BoundWrite:
         return RopeWrite(self.team, keys, values, cos_sin, q_norm, k_norm, eps)
 

@@ -13,7 +13,7 @@ from presage.kernels.reference import kv_copy
 from presage.kernels.reference import linear as linear_twin
 from presage.kernels.reference import norm as norm_twin
 from presage.kernels.reference import rope as rope_twin
-from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies
+from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
@@ -37,20 +37,20 @@ class ReferenceOps:
         return packs
 
     def linear(
-        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, act: str, softcap: float
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
     ) -> None:
         out.copy_(linear_twin.linear(x, packed, bias=bias, residual=residual, act=act or None, softcap=softcap))
 
     def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:
         out.copy_(linear_twin.grouped_linear(x, experts, offsets, act=act or None))
 
-    def norm(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, center: bool) -> BoundNorm:
+    def norm(self, weight: torch.Tensor, bias: Maybe, eps: float, center: bool) -> BoundNorm:
         if center:
             return lambda x, out: norm_twin.layernorm(x, weight, bias, eps, out)
         return lambda x, out: norm_twin.rmsnorm(x, weight, eps, out)
 
     def rope_write(
-        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: torch.Tensor | None, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float
+        self, keys: torch.Tensor, values: torch.Tensor, cos_sin: Maybe, q_norm: Maybe, k_norm: Maybe, eps: float
     ) -> BoundWrite:
         def write(qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, q_out: torch.Tensor) -> None:
             q = q_out.view(len(q_out), -1, values.shape[-1])

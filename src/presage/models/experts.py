@@ -16,4 +16,5 @@ def expert_half(model: Model, i: int, before: Norm | None) -> Experts:
     count = w.get("router", i).shape[0]  # pruned checkpoints keep fewer than the configuration says
     gate_up = [(w.get("expert_gate", i, expert=e), w.get("expert_up", i, expert=e)) for e in range(count)]
     down = [w.get("expert_down", i, expert=e) for e in range(count)]
-    return Experts(model.ops, model.linear("router", ("router",), i), gate_up, down, moe.top_k, moe.normalise, f"{model.params.act}_mul", before)
+    router = model.linear("router", ("router",), i)
+    return Experts(model.ops, router, gate_up, down, moe.top_k, moe.normalise, f"{model.params.act}_mul", before)

@@ -18,5 +18,6 @@ class Family(Model):
     }
 
     def layer(self, i: int) -> DecoderLayer:
+        """Layer i with its norms where this family has them."""
         attention = self.attention(i, self.norm("norm1", i), self.norm("norm1_after", i))
         return DecoderLayer(attention, self.mlp(i, self.norm("norm2", i), self.norm("norm2_after", i)))

@@ -12,4 +12,5 @@ class Family(Gemma2):
     roots = ("model.", "language_model.model.", "model.language_model.", "")
 
     def qk_norm(self, i: int) -> QKNorm:
+        """Norms of queries and keys."""
         return QKNorm.of(self.weights.get("q_norm", i), self.weights.get("k_norm", i), self.params.eps, self.norm_offset)

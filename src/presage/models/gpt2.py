@@ -9,9 +9,10 @@ from presage.layers.decoder import Half
 from presage.layers.linear import Linear
 from presage.layers.mlp import MLP
 from presage.layers.norm import LayerNorm, Norm
-from presage.models.base import Model
+from presage.layers.ops import Ops
+from presage.models.base import Model, Progress
 from presage.models.params import Params
-from presage.models.weights import Shape, part_shapes
+from presage.models.weights import Shape, Weights, part_shapes
 
 
 class Family(Model):
@@ -31,26 +32,34 @@ class Family(Model):
         "down": "transformer.h.{i}.mlp.c_proj",
     }
 
+    def __init__(self, params: Params, weights: Weights, ops: Ops, salt: bytes = b"", progress: Progress | None = None) -> None:
+        super().__init__(params, weights, ops, salt, progress)
+        self.places = weights.get("positions").float()
+
     @classmethod
     def shapes(cls, params: Params) -> dict[str, Shape]:
+        """Shapes of the checkpoint's tensors by part."""
         stored = part_shapes(params)
         return stored | {part: stored[part][::-1] for part in ("qkv", "o", "up", "down")}
 
     def norm(self, part: str, i: int = 0) -> Norm:
+        """A layer norm."""
         return LayerNorm(self.ops, self.weights.get(part, i), self.weights.get(part, i, ".bias"), self.params.eps)
 
     def linear(self, name: str, parts: tuple[str, ...], i: int, act: str = "") -> Linear:
+        """Parts of the checkpoint, turned to [outputs, inputs]."""
         w = self.weights
         return Linear(self.ops, name, [w.get(p, i).T for p in parts], [w.maybe(p, i) for p in parts], act)
 
     def attention(self, i: int, before: Norm | None, after: Norm | None = None) -> Attention:
+        """The attention half of layer i."""
         return Attention(self.spec(i), self.linear("qkv", ("qkv",), i), self.linear("o", ("o",), i), None, before)
 
     def mlp(self, i: int, before: Norm | None, after: Norm | None = None) -> Half:
+        """The other half of layer i."""
         return MLP(self.linear("up", ("up",), i, act=self.params.act), self.linear("down", ("down",), i), before)
 
     def embed(self, ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+        """Token plus position embeddings."""
         super().embed(ids, positions, out)
-        if not hasattr(self, "_places"):
-            self._places = self.weights.get("positions").float()
-        out.add_(self._places[positions.long()])
+        out.add_(torch.index_select(self.places, 0, positions))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from presage.models.base import Model
 from presage.layers.decoder import Half
 from presage.layers.norm import Norm
+from presage.models.base import Model
 from presage.models.experts import expert_half
 from presage.models.weights import LLAMA_NAMES
 
@@ -20,4 +20,5 @@ class Family(Model):
     }
 
     def mlp(self, i: int, before: Norm | None, after: Norm | None = None) -> Half:
+        """The other half of layer i."""
         return expert_half(self, i, before)

@@ -53,7 +53,7 @@ class MoEParams:
 
 @dataclass(frozen=True)
 class Params:
-    """Sizes of a decoder. ``windows[i]`` 0 = layer i sees everything, w = the last w tokens (itself included). ``ropes[i]`` None = no rotary.
+    """Sizes of a decoder. ``windows[i]`` 0 = layer i sees everything, w = the last w tokens. ``ropes[i]`` None = no rotary.
 
     ``scale`` multiplies q.k; ``softcap`` and ``final_softcap`` 0 = none; ``moe[i]`` None = a dense MLP of ``ff`` columns.
     """
@@ -111,7 +111,7 @@ class Params:
         if max_len is None or max_len == self.max_len:
             return self
         if max_len > self.max_len and self.model_type == "gpt2":
-            raise UnsupportedModel(f"this model has {self.max_len} learned positions; max_model_len {max_len} is beyond them", param="max_model_len")
+            raise UnsupportedModel(f"max_model_len {max_len} is beyond the model's {self.max_len} learned positions", param="max_model_len")
         return replace(self, max_len=max_len)
 
 

@@ -10,4 +10,5 @@ class Family(Model):
     """Llama with per-head q and k norms."""
 
     def qk_norm(self, i: int) -> QKNorm:
+        """Norms of queries and keys."""
         return QKNorm.of(self.weights.get("q_norm", i), self.weights.get("k_norm", i), self.params.eps, self.norm_offset)

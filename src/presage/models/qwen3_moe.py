@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from presage.models.qwen3 import Family as Qwen3
 from presage.layers.decoder import Half
 from presage.layers.norm import Norm
 from presage.models.experts import expert_half
+from presage.models.qwen3 import Family as Qwen3
 from presage.models.weights import LLAMA_NAMES
 
 
@@ -20,4 +20,5 @@ class Family(Qwen3):
     }
 
     def mlp(self, i: int, before: Norm | None, after: Norm | None = None) -> Half:
+        """The other half of layer i."""
         return super().mlp(i, before, after) if self.params.moe[i] is None else expert_half(self, i, before)

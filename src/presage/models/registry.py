@@ -18,10 +18,13 @@ def family(model_type: str) -> type[Model]:
     return import_module(f"presage.models.{model_type}").Family
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, ops: Ops, progress: Progress | None = None, max_len: int | None = None) -> Model:
-    """Build and pack a model. ``dtype`` must be the ops' own; ``progress(done, layers)`` is called after each layer.
+def build_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, ops: Ops, progress: Progress | None = None, max_len: int | None = None
+) -> Model:
+    """Build and pack a model. ``dtype`` must be the ops' own; ``progress(done, layers)`` is called after each layer. ``max_len``: tokens
+    served at most (the checkpoint's own by default); it sizes the rotary tables and, for longrope, chooses them.
 
-    Raises UnsupportedModel (type or option not supported, the message lists what is) and CheckpointError (a tensor is missing or misshapen).
+    Raises UnsupportedModel (a type or option; the message lists what is supported) and CheckpointError (a tensor missing or misshapen).
     """
     params = parse(checkpoint.config).limited(max_len)
     if dtype != ops.dtype:

@@ -46,11 +46,11 @@ Shape = tuple[int, ...]
 
 def part_shapes(p: Params) -> dict[str, Shape]:
     """What every part must look like, (outputs, inputs); parts not listed are checked where they are used."""
-    norms = dict.fromkeys(("norm", "norm1", "norm2", "norm1_after", "norm2_after"), (p.d,))
-    linears = {
+    norms: dict[str, Shape] = dict.fromkeys(("norm", "norm1", "norm2", "norm1_after", "norm2_after"), (p.d,))
+    linears: dict[str, Shape] = {
         "embed": (p.vocab_size, p.d), "head": (p.vocab_size, p.d), "q": (p.q_dim, p.d), "k": (p.kv_dim, p.d), "v": (p.kv_dim, p.d),
         "qkv": (p.q_dim + 2 * p.kv_dim, p.d), "o": (p.d, p.q_dim), "gate": (p.ff, p.d), "up": (p.ff, p.d), "gate_up": (2 * p.ff, p.d),
-        "down": (p.d, p.ff), "positions": (p.max_len, p.d),
+        "down": (p.d, p.ff),
     }  # fmt: skip
     moe = next((m for m in p.moe if m is not None), None)
     if moe is not None:
@@ -59,9 +59,18 @@ def part_shapes(p: Params) -> dict[str, Shape]:
 
 
 class Weights:
-    """Tensors by part name, their shapes checked against ``shapes``. ``root`` is what this checkpoint puts before (or instead of) ``model.``: some files nest the text model."""
+    """Tensors by part name, their shapes checked against ``shapes``.
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], roots: tuple[str, ...] = ("model.", ""), shapes: Mapping[str, Shape] | None = None) -> None:
+    ``roots``: what a checkpoint may put before (or instead of) ``model.``, since some files nest the text model; the first that fits.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        roots: tuple[str, ...] = ("model.", ""),
+        shapes: Mapping[str, Shape] | None = None,
+    ) -> None:
         self._get, self._names, self._shapes = checkpoint.get, names, shapes or {}
         self._present = frozenset(checkpoint.names())
         embed = names["embed"]

@@ -11,7 +11,9 @@ from presage.serve.auth import AuthMiddleware
 from presage.serve.client import EngineClient
 from presage.serve.config import ServerConfig
 from presage.serve.front import Front
-from presage.serve.protocol.chat import ChatChunk
+from presage.serve.protocol.chat import ChatChunk, ChatRequest
+from presage.serve.protocol.completions import CompletionRequest
+from presage.serve.protocol.other import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from presage.serve.request_id import RequestIdMiddleware
 from presage.serve.routes import chat, completions, embeddings, models, status, tokens
 from presage.serve.tools import tool_parser
@@ -38,7 +40,7 @@ def create_app(engine_client: EngineClient, config: ServerConfig | None = None) 
     for part in (chat, completions, embeddings, models, tokens, status):
         app.include_router(part.router)
     errors.install(app)
-    openapi.install(app, (ChatChunk,))
+    openapi.install(app, (ChatRequest, ChatChunk, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest))
     _middleware(app, config)
     return app
 

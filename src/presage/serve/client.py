@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Protocol
 
 from presage.core.request import Emission, Request
@@ -29,8 +28,10 @@ class EngineClient(Protocol):
     @property
     def eos_ids(self) -> Sequence[int]: ...
 
-    async def submit(self, request: Request) -> AsyncIterator[Emission]:
+    def submit(self, request: Request) -> AsyncIterator[Emission] | Awaitable[AsyncIterator[Emission]]:
         """Queue a request and return its emissions; they end when every branch 0..n-1 had one with ``finish`` set.
+
+        May be an async generator or a coroutine that returns an iterator.
 
         Errors: a RequestError or Overloaded, raised here or by the first step of the iterator, means that nothing was queued.
         """
@@ -42,12 +43,14 @@ class EngineClient(Protocol):
         """True while the loop is alive and answering."""
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges since start: running, waiting, kv_cache_usage, prefix_queries, prefix_hits, preemptions, ..."""
+        """Gauges and counters since start; absent ones read as 0.
+
+        running, waiting, kv_cache_usage (0..1), free_blocks, prefix_queries, prefix_hits (tokens), preemptions, steps, predicted_seconds,
+        measured_seconds, spec_drafts, spec_draft_tokens, spec_accepted_tokens, spec_accepted_per_pos (a list by place in the draft).
+        """
 
 
 async def open_stream(client: EngineClient, request: Request) -> AsyncIterator[Emission]:
-    """Submit, for clients that write ``submit`` as a coroutine as well as for those that write it as an async generator."""
-    stream: Any = client.submit(request)
-    if inspect.isawaitable(stream):
-        stream = await stream
-    return stream  # type: ignore[no-any-return]
+    """The emissions of a request, whichever way the client writes ``submit``."""
+    stream = client.submit(request)
+    return stream if isinstance(stream, AsyncIterator) else await stream

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from presage.serve.auth import OPEN_PATHS
 from presage.serve.protocol.common import ErrorResponse
 
 _REF = "#/components/schemas/{model}"
@@ -32,7 +33,7 @@ def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 def takes(body: type[BaseModel]) -> dict[str, Any]:
     """``openapi_extra`` of a route that reads ``body`` itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}}, "x-body": body}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}}}
 
 
 def streams(chunk: type[BaseModel]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def streams(chunk: type[BaseModel]) -> dict[str, Any]:
 
 
 def install(app: FastAPI, extra: tuple[type[BaseModel], ...]) -> None:
-    """Replace ``app.openapi`` by one that knows the bodies the routes read; ``extra`` are models no route names (stream chunks)."""
+    """Replace ``app.openapi`` by one that also knows ``extra``: the bodies that routes read and the chunks that they stream."""
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -57,8 +58,14 @@ def install(app: FastAPI, extra: tuple[type[BaseModel], ...]) -> None:
 def _add_models(document: dict[str, Any], extra: tuple[type[BaseModel], ...]) -> None:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    bodies = [op.pop("x-body") for path in document["paths"].values() for op in path.values() if "x-body" in op]
-    for model in (*bodies, *extra):
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own error shape, which we never send
+            if path not in OPEN_PATHS:
+                operation["security"] = [{"key": []}, {}]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for model in extra:
         schema = model.model_json_schema(ref_template=_REF)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema

@@ -7,6 +7,7 @@ are first compiled and walked in a child process with a memory limit that can be
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from presage.core.types import Wait
 from presage.verify.grammar_spec import MAX_WHITESPACE, GrammarSpec, spec_of
 from presage.verify.grammar_taster import Taster
 
+_EMPTY_FIRST = re.compile(r"^(\s*[\w-]+\s*::=)\s*\|", re.MULTILINE)  # GBNF allows `rule ::= | ...`, the engine's reader does not
 CACHE_BYTES = 256 << 20
 CACHE_ENTRIES = 1024
 
@@ -81,14 +83,39 @@ def build(compiler: xg.GrammarCompiler, spec: GrammarSpec) -> xg.CompiledGrammar
     """Compile one spec here and now. Errors: GrammarError with the engine's words."""
     try:
         if spec.kind == "json":
-            if spec.any_whitespace:
-                return compiler.compile_json_schema(spec.text, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE)
-            return compiler.compile_json_schema(spec.text, any_whitespace=False, separators=(",", ":"))
+            return compiler.compile_grammar(_short_numbers(_json_grammar(spec)))
         if spec.kind == "regex":
             return compiler.compile_regex(spec.text)
-        return compiler.compile_grammar(spec.text) if spec.kind == "grammar" else compiler.compile_structural_tag(spec.text)
+        return (
+            compiler.compile_grammar(_EMPTY_FIRST.sub(r'\1 "" |', spec.text))
+            if spec.kind == "grammar"
+            else compiler.compile_structural_tag(spec.text)
+        )
     except (RuntimeError, ValueError, TypeError) as error:
         raise GrammarError(f"the grammar cannot be compiled: {_reason(error)}", param="structured_outputs") from None
+
+
+def _json_grammar(spec: GrammarSpec) -> xg.Grammar:
+    if spec.any_whitespace:
+        return xg.Grammar.from_json_schema(spec.text, any_whitespace=True, max_whitespace_cnt=MAX_WHITESPACE)
+    return xg.Grammar.from_json_schema(spec.text, any_whitespace=False, separators=(",", ":"))
+
+
+# The engine's unbounded digit loops, where small models stay for ever. 18 digits and three of exponent still write every double.
+SHORTER = (
+    ('basic_integer ::= (("0") | (basic_integer_1 [1-9] [0-9]*))', 'basic_integer ::= (("0") | (basic_integer_1 [1-9] [0-9]{0,17}))'),
+    ('basic_number_2 ::= (("0") | ([1-9] [0-9]*))', 'basic_number_2 ::= (("0") | ([1-9] [0-9]{0,17}))'),
+    ('basic_number_3 ::= ("" | ("." basic_number_digits{1, -1}))', 'basic_number_3 ::= ("" | ("." basic_number_digits{1, 18}))'),
+    ("([eE] basic_number_4 basic_number_digits{1, -1})", "([eE] basic_number_4 basic_number_digits{1, 3})"),
+)
+
+
+def _short_numbers(grammar: xg.Grammar) -> xg.Grammar:
+    """The same JSON with numbers of bounded length; unchanged if the engine words its rules differently one day."""
+    text = str(grammar)
+    for long, short in SHORTER:
+        text = text.replace(long, short)
+    return xg.Grammar.from_ebnf(text)
 
 
 def _reason(error: Exception) -> str:

@@ -30,7 +30,8 @@ NAMED_ONLY = frozenset(("idn-email", "idn-hostname", "iri", "iri-reference", "re
 MAX_MIN_LENGTH = 1 << 16
 MAX_STEPS = 4096
 MAX_ENGINE_STEP = 64
-LARGEST = 10**18
+LARGEST = 10**18 - 1
+FAR = 10**15 - 1
 
 
 def _refused(word: str, how: str) -> GrammarError:
@@ -104,6 +105,9 @@ def number_range(kind: str, words: dict[str, Any], at: str) -> dict[str, Any]:
     least, most = _inner([low, over], max), _inner([high, under], min)
     if least is not None and most is not None and least > most:
         raise Never(f"minimum above maximum at {at or '/'}")
+    if least is not None or most is not None:
+        least = min(-FAR, most - 1) if least is None else least
+        most = max(FAR, least + 1) if most is None else most
     out: dict[str, Any] = {"type": "number"}
     for name, value, tight in (("inimum", least, over), ("aximum", most, under)):
         if value is not None:
@@ -122,7 +126,7 @@ def _integers(least: int | None, most: int | None, step: int | None, at: str) ->
     if step:
         return _steps(least, most, step, at)
     out: dict[str, Any] = {"type": "integer"}
-    if least is not None and most is not None and (least > LARGEST or most < -LARGEST):
+    if (least or 0) > LARGEST or (most or 0) < -LARGEST:
         raise GrammarError(f"integer bounds beyond 10^18 are not supported (at {at or '/'})", param="json", keyword="minimum")
     if least is not None:
         out["minimum"] = max(min(least, LARGEST), -LARGEST)

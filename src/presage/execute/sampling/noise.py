@@ -5,7 +5,7 @@ the same target row gives the same token whatever was drafted, batched or trunca
 numbers: as easy as 1, 2, 3" (SC 2011), a keyed integer hash of the counter replaces a generator with state.
 """
 
-# mypy: disable-error-code="arg-type, return-value, misc, assignment"
+# mypy: disable-error-code="arg-type, return-value, misc, assignment, call-arg, var-annotated"
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -212,6 +212,11 @@ def stream_keys(seeds: Words, positions: Longs, purpose: int = DRAW, index: int 
     out = np.empty(len(seeds), np.uint64)
     _stream_keys(seeds, positions, purpose + 8 * index, out)
     return out
+
+
+def mix_seed(seed: int, branch: int) -> int:
+    """Seed of a branch of a request: far from the seed itself and from other branches'."""
+    return int(splitmix(np.uint64(seed ^ (branch << 32))))
 
 
 def gumbel(key: int, ids: Ints) -> Singles:

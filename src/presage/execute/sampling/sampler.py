@@ -74,6 +74,8 @@ class Sampler(SamplingState):
         Rows whose next id is not part of the prompt give no entry.
         """
         slot = int(plan.slot[span])
+        if slot not in self._lists:
+            return []  # closed while the step ran: nobody will read it
         first = int(plan.start[span]) + row + 1
         ids = np.asarray(self.lists(slot).prompt[first : first + len(logits)], np.int32)
         return token_logprobs(as_rows(logits)[: len(ids)], ids, max(0, int(self.prompt_k[slot])))

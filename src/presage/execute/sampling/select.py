@@ -1,7 +1,7 @@
 """Truncation of a row without sorting it: bisect for the value down to which k entries, or a mass p, are kept.
 
 Each probe is one vectorised pass; once few entries are left between the bounds, radix selection finishes. Masses are integers (2**30 is the
-largest entry's), so that sums do not depend on their order. The largest entries come first, equal ones by their id: one kept set everywhere.
+largest entry's), so that sums do not depend on their order. Larger entries come first, equal ones by their id: one kept set everywhere.
 """
 
 # mypy: disable-error-code="arg-type, return-value, misc, assignment"

@@ -18,7 +18,7 @@ from presage.core.plan import NewIds
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
 from presage.core.types import EMPTY, Floats, Ints, Singles
-from presage.execute.sampling.noise import splitmix
+from presage.execute.sampling.noise import mix_seed
 
 
 class Touch(IntFlag):
@@ -126,7 +126,7 @@ def request_seed(req: Request, engine_seed: int) -> int:
         digest = hashlib.blake2b(f"{engine_seed}:{req.id}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little")
     seed &= (1 << 64) - 1
-    return int(splitmix(np.uint64(seed ^ (req.branch << 32)))) if req.branch else seed
+    return mix_seed(seed, req.branch) if req.branch else seed
 
 
 class SamplingState:
@@ -236,7 +236,7 @@ class SamplingState:
         return int(self.known[slot])
 
     def lists(self, slot: int) -> Lists:
-        """The slot's id lists."""
+        """The slot's id lists. Raises KeyError for a slot that is not open."""
         return self._lists[slot]
 
     def _open_numbers(self, slot: int, p: SamplingParams) -> None:

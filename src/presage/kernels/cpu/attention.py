@@ -75,9 +75,15 @@ class AttentionBatch:
         self.rows = span_of.numel()
         if max_kv is None:
             max_kv = int(kv_len.max()) if kv_len.numel() else 0
-        self.max_kv = max_kv
+        self.max_kv, self._shape, self._need = max_kv, (0, 0), 0
         addresses = [0 if x is None else x.data_ptr() for x in (indptr, blocks, span_of, index, linear, kv_len, tree, position)]
         self.words = (self.rows, *addresses, 0 if tree is None else tree.shape[-1], max_kv)
+
+    def scratch_bytes(self, dim: int, group: int) -> int:
+        """Scratch of one thread for heads of ``dim`` dimensions in groups of ``group``; kept, as all layers of a step ask alike."""
+        if self._shape != (dim, group):
+            self._shape, self._need = (dim, group), scratch_bytes(self.rows, dim, group, self.max_kv)
+        return self._need
 
 
 class PagedAttention:
@@ -114,7 +120,7 @@ class PagedAttention:
         shape = (heads, kv_heads, dim, window, int(causal), block_tokens // BLOCK, floats)
         self._words = (k_cache.data_ptr(), v_cache.data_ptr(), keep, *shape)
         self._table = team.table(FIELDS)
-        self._kernel = attend(half)
+        self._kernel = attend(half, self.group % 4)
 
     def __call__(self, q: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
         """``q`` [t, heads, D] (f32 or bf16; rounded to bf16 if the cache is) -> ``out`` [t, heads * D] (f32 or bf16), both contiguous."""
@@ -123,7 +129,7 @@ class PagedAttention:
             raise ConfigError(f"attention: {rows} rows, but q is {q.dtype} {tuple(q.shape)} and out {out.dtype} {tuple(out.shape)}")
         if rows == 0:
             return
-        need = scratch_bytes(rows, self.dim, self.group, batch.max_kv)
+        need = batch.scratch_bytes(self.dim, self.group)
         scratch = self.team.scratch(need)
         halves = (int(q.dtype == torch.bfloat16), int(out.dtype == torch.bfloat16))
         table = self._table.set(*self._words, *batch.words, q.data_ptr(), out.data_ptr(), *halves, scratch, need)

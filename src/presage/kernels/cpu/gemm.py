@@ -3,9 +3,10 @@
 out[r, n] = epilogue(sum over k, ascending, of x[r, k] * w[n, k]). Each output has one accumulator, fed in the order of k, so
 its bits depend on its own row and column only: not on how many rows there are, how they are tiled, or which thread ran.
 
-Work is handed out by column block (`pack.py`): a block of packed weights streams from memory once, for the first row tile,
-with prefetch two pages ahead (the hardware's own stops at 4 KB borders, which made 8 rows 2.5x as slow as one), and stays in
-cache for the other row tiles. Where K is deep, panels of it keep the block small; accumulators wait in scratch, unrounded.
+Work is handed out by column block (`pack.py`): a block of packed weights streams from memory once and stays in cache for the
+other row tiles. A single row tile looks two pages ahead (the hardware's own prefetch stops at 4 KB borders); where there are more,
+they share the fetching of the next block, so memory works all the time and not during the first tile only. Where K is deep,
+panels of it keep the block small; accumulators wait in scratch, unrounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from presage.kernels.cpu.simd import (
     load_f32,
     load_i32,
     outlined,
-    prefetch,
+    prefetch_l2,
     put,
     registers_f32,
     registers_i32,
@@ -112,7 +113,7 @@ def make_tile(fmt: str, rows: int, vectors: int) -> Any:
     count = rows * vectors
 
     @subroutine
-    def tile(weights, plane, x, stride, acc, steps, ahead):  # type: ignore[no-untyped-def]
+    def tile(weights, plane, x, stride, acc, steps, ahead, follow, turn, turns):  # type: ignore[no-untyped-def]
         outlined()
         sums = registers_f32(count)
         column = registers(vectors)
@@ -121,7 +122,7 @@ def make_tile(fmt: str, rows: int, vectors: int) -> Any:
         for step in range(steps):
             for v in range(vectors):
                 at = weights + v * plane + step * 64
-                prefetch(at, ahead)
+                prefetch_l2(at, follow if v % turns == turn else ahead)
                 put(column, v, load(at, 0))
             for r in range(rows):
                 value = repeat(x + r * stride, step)
@@ -156,25 +157,29 @@ def make_panel(fmt: str, rows: int, vectors: int) -> Any:
     row_bytes = vectors * 64
 
     @device
-    def panel(weights, plane, x, stride, acc, count, steps):  # type: ignore[no-untyped-def]
-        ahead = AHEAD
-        r = 0
+    def panel(weights, plane, x, stride, acc, count, steps, follow):  # type: ignore[no-untyped-def]
+        left = count % rows
+        turns = count // rows + (left >> 2 & 1) + (left >> 1 & 1) + (left & 1)
+        ahead, turn, r = AHEAD, 0, 0
+        if turns == 1:
+            follow = ahead
         while r < count:
             left = count - r
             at, sums = x + r * stride, acc + r * row_bytes
             if left >= rows:
-                big(weights, plane, at, stride, sums, steps, ahead)
+                big(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
                 r += rows
             elif left >= 4:
-                four(weights, plane, at, stride, sums, steps, ahead)
+                four(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
                 r += 4
             elif left >= 2:
-                two(weights, plane, at, stride, sums, steps, ahead)
+                two(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
                 r += 2
             else:
-                one(weights, plane, at, stride, sums, steps, ahead)
+                one(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
                 r += 1
             ahead = 0
+            turn += 1
 
     return panel
 
@@ -215,7 +220,7 @@ def gemm(fmt: str, rows: int, columns: int) -> Any:
     panel, odd_word, finish = make_panel(fmt, rows, vectors), make_odd_word(fmt, vectors), make_finish(columns)
 
     @subroutine
-    def chunk(table, acc, group, block, row, stop):  # type: ignore[no-untyped-def]
+    def chunk(table, acc, group, block, row, stop, following):  # type: ignore[no-untyped-def]
         outlined()
         steps, odd = get_i64(table, STEPS), get_i64(table, ODD)
         stride = get_i64(table, X_STRIDE)
@@ -228,12 +233,26 @@ def gemm(fmt: str, rows: int, columns: int) -> Any:
         start = 0
         while start < steps:
             length = min(piece, steps - start)
-            panel(weights + start * 64, plane, x + start * 4, stride, acc, stop - row, length)
+            at = weights + start * 64
+            follow = length * 64
+            if start + length == steps:
+                follow = following - at if following != 0 else 0
+            panel(at, plane, x + start * 4, stride, acc, stop - row, length, follow)
             start += length
         if odd:
             odd_word(weights + steps * 64, plane, x + steps * 4, stride, acc, stop - row)
         for r in range(row, stop):
             finish(table, acc + (r - row) * line, r, group, block)
+
+    @device
+    def address(table, item):  # type: ignore[no-untyped-def]
+        """Where the weights of an item start; 0 if there is no such item or it has no rows."""
+        blocks, offsets = get_i64(table, BLOCKS), get_i64(table, OFFSETS)
+        group = item // blocks
+        if group >= get_i64(table, GROUPS) or get_i32(offsets, group) == get_i32(offsets, group + 1):
+            return 0
+        size = (get_i64(table, STEPS) + get_i64(table, ODD)) * line
+        return get_i64(get_i64(table, WEIGHTS), group) + item % blocks * size
 
     def run(table):  # type: ignore[no-untyped-def]
         acc = get_i64(table, SCRATCH) + enter(table) * get_i64(table, SCRATCH_STRIDE)
@@ -241,13 +260,15 @@ def gemm(fmt: str, rows: int, columns: int) -> Any:
         items = blocks * get_i64(table, GROUPS)
         item = claim(table)
         while item < items:
+            # Claimed one ahead, so that the later row tiles can fetch what the next item reads first.
+            following = claim(table)
             group = item // blocks
             row, end = get_i32(offsets, group), get_i32(offsets, group + 1)
             while row < end:
                 stop = min(row + CHUNK_ROWS, end)
-                chunk(table, acc, group, item - group * blocks, row, stop)
+                chunk(table, acc, group, item - group * blocks, row, stop, address(table, following))
                 row = stop
-            item = claim(table)
+            item = following
         leave(table)
 
     return run

@@ -32,7 +32,7 @@ _FIRST, _SECOND, _STRIDE, _N, _K_WORDS, _ODD, _OUT, _BLOCKS, _LANES = range(HEAD
 class PackedLinear:
     """One weight [n, k] (or a gate and an up of [n, k] each, `gated`), packed for this machine.
 
-    `data`: bf16 [blocks, columns / 16, ceil(k / 2), 16, 2] or f32 [blocks, columns / 16, k, 16]; `numerics`: id of everything that decides a
+    `data`: bf16 [blocks, columns / 16, ceil(k / 2), 16, 2], f32 [blocks, columns / 16, k, 16]; `numerics`: id of everything that decides a
     result's bits; `site`: the call's preallocated table, made by the first call.
     """
 

@@ -249,16 +249,20 @@ store_bf16_n = _store_first(
 )
 
 
-@intrinsic
-def prefetch(typingctx: Any, base: Any, offset: Any) -> Built:
-    """Ask for the cache line at byte `offset`; never faults. Look two pages (8 KB) ahead when streaming from memory."""
+def _prefetch(name: str, locality: int, doc: str) -> Any:
+    def build(typingctx: Any, base: Any, offset: Any) -> Built:
+        def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _pointer(context, builder, sig, args, 1, I8)
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, v) for v in (0, locality, 1)))
+            return context.get_dummy_value()
 
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig, args, 1, I8)
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, v) for v in (0, 3, 1)))
-        return context.get_dummy_value()
+        return types.void(_base(base), types.intp), emit
 
-    return types.void(_base(base), types.intp), emit
+    return _named(build, name, doc)
+
+
+prefetch = _prefetch("prefetch", 3, "Ask for the cache line at byte `offset`, into L1; never faults. At most ~20 are in flight.")
+prefetch_l2 = _prefetch("prefetch_l2", 2, "The same into L2 only: leaves L1's few miss slots to the loads, so better for long streams.")
 
 
 # ---- lanes --------------------------------------------------------------------------------------------------------

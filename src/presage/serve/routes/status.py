@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import presage
 from presage.serve import openapi
@@ -50,7 +50,7 @@ async def version() -> Response:
     return Response(encode({"version": presage.__version__}), media_type="application/json")
 
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text."}})
+@router.get("/metrics", response_class=PlainTextResponse, responses={200: {"description": "Prometheus text."}})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     return Response(front_of(request).metrics.page(), media_type=CONTENT_TYPE_LATEST)

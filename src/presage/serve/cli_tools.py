@@ -1,0 +1,1 @@
+"""The commands beside ``serve``: run-batch, bench, collect-env."""
