@@ -58,12 +58,19 @@ def layers_of(team: Team, blocks: int, count: int, heads: int, dtype: torch.dtyp
     return made
 
 
-def decode(team: Team, rows: int, heads: int, dtype: torch.dtype, keys: int = 2048, sequences: int = 8, layers: int = 4) -> tuple[float, float]:
+def decode(
+    team: Team, rows: int, heads: int, dtype: torch.dtype, keys: int = 2048, sequences: int = 8, layers: int = 4
+) -> tuple[float, float]:
     """(seconds a layer, GB/s) of ``rows`` rows in each of the sequences."""
     batch = batch_of([(keys, rows)] * sequences)
     stack = layers_of(team, sequences * keys // 32 + 1, layers, heads, dtype)
     q, out = torch.randn(sequences * rows, heads, DIM), torch.empty(sequences * rows, heads * DIM)
-    seconds = best(lambda: [layer(q, batch, out) for layer in stack]) / layers
+
+    def step() -> None:
+        for layer in stack:
+            layer(q, batch, out)
+
+    seconds = best(step) / layers
     return seconds, sequences * keys * 2 * KV_HEADS * DIM * dtype.itemsize / seconds / 1e9
 
 
@@ -92,7 +99,12 @@ def overhead(team: Team) -> float:
     """Microseconds of one call on one row and one key."""
     batch, layer = batch_of([(1, 1)]), layers_of(team, 2, 1, HEADS, torch.bfloat16)[0]
     q, out = torch.randn(1, HEADS, DIM), torch.empty(1, HEADS * DIM)
-    return best(lambda: [layer(q, batch, out) for _ in range(1000)]) * 1e3
+
+    def thousand() -> None:
+        for _ in range(1000):
+            layer(q, batch, out)
+
+    return best(thousand) * 1e3
 
 
 def main() -> None:
@@ -109,7 +121,8 @@ def main() -> None:
         memory = read_speed(threads)
         seconds, speed = decode(team, rows, heads, dtype)
         work = 4 * 8 * rows * heads * DIM * 2048 / seconds / 1e9
-        print(f"{name:28s} {seconds * 1e3:7.2f} ms  {speed:5.1f} GB/s  {speed / memory:4.0%} of {memory:.1f} GB/s  {work:5.0f} GFLOP/s", flush=True)
+        share = f"{speed / memory:4.0%} of {memory:.1f} GB/s"
+        print(f"{name:28s} {seconds * 1e3:7.2f} ms  {speed:5.1f} GB/s  {share}  {work:5.0f} GFLOP/s", flush=True)
     print(f"{'torch decode, group 4, bf16':28s} {'':10s}  {torch_decode():5.1f} GB/s", flush=True)
     ours, theirs = prefill(team)
     print(f"prefill 512 rows over 1,024 keys: {ours:.0f} GFLOP/s, torch {theirs:.0f}; one call on one key: {overhead(team):.1f} us")

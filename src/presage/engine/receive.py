@@ -12,7 +12,7 @@ from presage.core.errors import AuditFailed, ContextTooLong, DeadlineMissed, Dra
 from presage.core.events import Abort, Annotate, Arrive, Drain, Prioritise, ResetCache, Tick, Waited
 from presage.core.plan import Grants
 from presage.core.request import Request
-from presage.core.types import EMPTY, At, Finish, Flag, Ints, Kind, State, Wait
+from presage.core.types import EMPTY, Finish, Flag, Ints, Kind, State, Wait
 
 if TYPE_CHECKING:
     from presage.engine.loop import Loop
@@ -64,18 +64,25 @@ class Receiver:
         try:
             self._judge(req)
         except PresageError as error:
-            for branch in range(max(1, req.sampling.n)):
-                self.loop.emitter.refuse(req, branch, error)
+            self._refuse(req, error)
             return
         if len(req.emitted) and len(req.prompt) + len(req.emitted) >= self._end(req):
             # Resumed with everything it may have: only its end was lost.
             self.loop.emitter.terminal(req, req.branch, Finish.LENGTH, None)
             return
-        slot = self.open(req, wait)
+        try:
+            slot = self.open(req, wait)
+        except PresageError as error:
+            self._refuse(req, error)
+            return
         self._park(slot, wait)
         self.held_ids[slot] = np.concatenate([req.prompt, req.emitted]).astype(np.int32) if len(req.emitted) else req.prompt
         self.loop.queue.append(slot)
         self.loop.programs.started(slot, req)
+
+    def _refuse(self, req: Request, error: PresageError) -> None:
+        for branch in range(max(1, req.sampling.n)):
+            self.loop.emitter.refuse(req, branch, error)
 
     def _judge(self, req: Request) -> None:
         loop, n = self.loop, len(req.prompt)
@@ -128,9 +135,15 @@ class Receiver:
             heapq.heappush(self.timers, (deadline, slot, int(t.epoch[slot]), 0))
         for kv in self.loop.lanes:
             kv.open(slot, req)
-        for companion in self.loop.companions:
-            if companion is not self.loop.masker or Wait.GRAMMAR not in wait:
-                companion.open(slot, req)
+        try:
+            for companion in self.loop.companions:
+                if companion is not self.loop.masker or Wait.GRAMMAR not in wait:
+                    companion.open(slot, req)
+        except PresageError:
+            # A companion refused (an id outside the vocabulary, a grammar): leave no trace of the request.
+            t.move(slot, State.ENDING)
+            self._free(slot)
+            raise
         return slot
 
     def _park(self, slot: int, wait: Wait) -> None:
@@ -145,7 +158,11 @@ class Receiver:
             self.end(slot, Finish.ERROR, None, event.error)
             return
         if event.bit is Wait.GRAMMAR and self.loop.masker is not None:
-            self.loop.masker.open(slot, self.requests[slot])
+            try:
+                self.loop.masker.open(slot, self.requests[slot])
+            except PresageError as error:
+                self.end(slot, Finish.ERROR, None, (error.code, error.message, error.status))
+                return
         self.table.waits[slot] &= ~int(event.bit) & 0xFFFF
 
     def _annotate(self, slot: int, event: Annotate) -> None:
@@ -284,19 +301,23 @@ class Receiver:
             if self.table.inflight[slot] or self.table.pins[slot]:
                 left.append(slot)
                 continue
-            self._unseat(slot, keep=False)
-            self.held_ids.pop(slot, None)
-            for kv in self.loop.lanes:
-                kv.close(slot)
-            for companion in self.loop.companions:
-                companion.close(slot)
-            self.loop.cutter.close(slot)
-            req = self.requests.pop(slot)
-            self.by_id[req.id].remove(slot)
-            if not self.by_id[req.id]:
-                del self.by_id[req.id]
-            self.table.move(slot, State.FREE)
+            self._free(slot)
         self.ending = left
+
+    def _free(self, slot: int) -> None:
+        """ENDING -> FREE: everything that was the slot's goes back once."""
+        self._unseat(slot, keep=False)
+        self.held_ids.pop(slot, None)
+        for kv in self.loop.lanes:
+            kv.close(slot)
+        for companion in self.loop.companions:
+            companion.close(slot)
+        self.loop.cutter.close(slot)
+        req = self.requests.pop(slot)
+        self.by_id[req.id].remove(slot)
+        if not self.by_id[req.id]:
+            del self.by_id[req.id]
+        self.table.move(slot, State.FREE)
 
     def unstall(self, plan: Grants) -> Grants:
         """Nothing was granted and nothing is in flight: take held memory back, then let the fallback plan, then refuse the head."""

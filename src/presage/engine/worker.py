@@ -105,6 +105,9 @@ class Worker:
 
 def main() -> None:
     """Entry point of the process."""
+    from presage.kernels.cpu.environment import prepare_environment
+
+    prepare_environment()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front decides what it means
     logging.basicConfig(level=os.environ.get("PRESAGE_LOGGING_LEVEL", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s")
     worker = Worker(sys.argv[1], sys.argv[2])

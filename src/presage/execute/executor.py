@@ -26,6 +26,9 @@ from presage.execute.walk import walk
 from presage.layers.kv.plain import PlainKV
 from presage.models.base import Model
 
+_EXPORTS = int(Want.POOL | Want.PROMPT_LOGPROBS)
+_SAMPLE, _POOL, _LOGPROBS = int(Want.SAMPLE), int(Want.POOL), int(Want.PROMPT_LOGPROBS)
+
 LOGIT_ROWS = 64
 """Rows whose logits are made at once for prompt log-probabilities: a [rows, V] float32 matrix is as large as a small model."""
 
@@ -102,17 +105,23 @@ class TorchExecutor:
             return StepFault(plan.id, text, np.unique(plan.slot) if named is None else np.asarray(named, np.int32))
 
     def _step(self, plan: StepPlan, t0: float) -> StepDone:
+        if plan.lane:
+            raise StepFailed(f"lane {plan.lane} needs a model of its own; this executor holds one model")
         if len(plan.moves):
             self.kv.move(plan.moves)
-        h = walk(self.run, plan, Batch.of(plan, self._ids(plan), self.geometry, self.run.ops))
         done = StepDone(plan.id, t0, t0, np.zeros(plan.spans + 1, np.int32), np.empty(0, np.int32), np.zeros(plan.spans + 1, np.int32))
+        if len(plan.ids):
+            self._forward(plan, done)
+        done.t1 = time.monotonic()
+        return done
+
+    def _forward(self, plan: StepPlan, done: StepDone) -> None:
+        h = walk(self.run, plan, Batch.of(plan, self._ids(plan), self.geometry, self.run.ops))
         row, span, node = out_rows(plan)
         if len(row):
             self._judge(plan, h, row, span, node, done)
-        if (plan.want & (Want.POOL | Want.PROMPT_LOGPROBS)).any():
+        if (plan.want & _EXPORTS).any():
             self._export(plan, h, done)
-        done.t1 = time.monotonic()
-        return done
 
     def _ids(self, plan: StepPlan) -> Ints:
         if plan.ids.max() >= self.model.vocab_size:
@@ -146,12 +155,12 @@ class TorchExecutor:
     def _export(self, plan: StepPlan, h: torch.Tensor, done: StepDone) -> None:
         for s in np.flatnonzero(plan.layer1 == self.layers).tolist():
             a, b = int(plan.rows[s]), int(plan.rows[s]) + int(plan.count[s])
-            if plan.want[s] & Want.PROMPT_LOGPROBS:
+            if plan.want[s] & _LOGPROBS:
                 out = done.exports.setdefault("prompt_logprobs", {}).setdefault(s, [])
                 for at in range(a, b, LOGIT_ROWS):
                     logits = self.model.head(h[at : min(b, at + LOGIT_ROWS)], self.run.work)
                     out.extend(self.sampler.prompt_logprobs(logits, plan, s, at - a))
-            if plan.want[s] & Want.POOL:
+            if plan.want[s] & _POOL:
                 hidden = self.model.final_norm(h[a:b], torch.empty(b - a, h.shape[1]))
                 done.exports.setdefault("pooled", {})[s] = self.pool.add(int(plan.slot[s]), int(plan.start[s]), hidden)
 
@@ -191,7 +200,7 @@ class SlotState:
 
 def out_rows(plan: StepPlan) -> tuple[Ints, Ints, Ints]:
     """Rows whose logits are judged, with their span and node (-1 = the span's last known row): SAMPLE spans, in plan order."""
-    wants = np.flatnonzero(plan.want & Want.SAMPLE)
+    wants = np.flatnonzero(plan.want & _SAMPLE)
     nodes = plan.nodes[wants]
     per = nodes + 1
     span = np.repeat(wants, per).astype(np.int32)

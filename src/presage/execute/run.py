@@ -23,7 +23,7 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(h.numel() * h.element_size() for h in self._rows.values())
+        return sum(h.numel() * h.element_size() for h in list(self._rows.values()))
 
     def put(self, slot: int, start: int, layer: int, h: torch.Tensor) -> None:
         """Keep h [count, d] of a chunk that has run the layers below ``layer``; replaces an earlier copy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,17 @@ class Routed:
 
 
 class Experts:
-    """Stages route, experts, combine. A row's bits depend on its own experts only: parts are summed by rank, never by arrival."""
+    """Stages route, experts, combine. A row's bits depend on its own experts only: parts are summed by rank, never by arrival.
+
+    ``gate_up``, ``down``: one entry per router output, taken one by one, so that a checkpoint's experts need not be in memory together.
+    """
 
     def __init__(
-        self, ops: Ops, router: Linear, gate_up: Sequence[tuple[torch.Tensor, torch.Tensor]], down: Sequence[torch.Tensor],
-        top_k: int, normalise: bool, act: str, before: Norm,
+        self, ops: Ops, router: Linear, gate_up: Iterable[tuple[torch.Tensor, torch.Tensor]], down: Iterable[torch.Tensor],
+        top_k: int, normalise: bool, ff: int, act: str, before: Norm,
     ) -> None:  # fmt: skip
         self.router, self.before, self.top_k, self.normalise, self.act = router, before, top_k, normalise, act
-        self.count, self.ff, self.d = len(down), down[0].shape[1], down[0].shape[0]
+        self.count, self.ff, self.d = router.cols, ff, router.inner
         self.gate_up: Any = ops.pack_experts([ops.pack_gate_up(gate, up) for gate, up in gate_up])
         self.down: Any = ops.pack_experts([ops.pack(w) for w in down])
         self.stages: tuple[Stage, ...] = (

@@ -16,16 +16,18 @@ from presage.serve.protocol.completions import CompletionRequest
 from presage.serve.protocol.other import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from presage.serve.request_id import RequestIdMiddleware
 from presage.serve.routes import chat, completions, embeddings, models, status, tokens
+from presage.serve.sampling import check_defaults
 from presage.serve.tools import tool_parser
 
 
 def create_app(engine_client: EngineClient, config: ServerConfig | None = None) -> FastAPI:
-    """An application whose state is its own: several may live in one process. Errors: ConfigError for unknown parsers."""
+    """An application whose state is its own: several may live in one process. Errors: ConfigError for unknown parsers and unusable defaults."""
     config = config or ServerConfig()
     if config.tool_call_parser is not None:
         tool_parser(config.tool_call_parser)
     if config.reasoning_parser is not None:
         reasoning.check(config.reasoning_parser)
+    check_defaults(config.default_sampling_params)
     docs = not config.disable_docs
     app = FastAPI(
         title="Presage",

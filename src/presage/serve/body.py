@@ -103,9 +103,10 @@ def parse(data: bytes, kind: type[B]) -> B:
 
 
 def _deeper(value: Any, limit: int) -> bool:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(limit):
-        level = [v for c in level if isinstance(c, dict | list) for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, dict | list)]
+        inner = [v for c in level for v in (c.values() if isinstance(c, dict) else c)]
+        level = [v for v in inner if isinstance(v, dict | list)]
         if not level:
             return False
     return True

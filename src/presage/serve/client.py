@@ -45,8 +45,9 @@ class EngineClient(Protocol):
     def stats(self) -> dict[str, Any]:
         """Gauges and counters since start; absent ones read as 0.
 
-        running, waiting, kv_cache_usage (0..1), free_blocks, prefix_queries, prefix_hits (tokens), preemptions, steps, predicted_seconds,
-        measured_seconds, spec_drafts, spec_draft_tokens, spec_accepted_tokens, spec_accepted_per_pos (a list by place in the draft).
+        running, waiting, kv_cache_usage (0..1), free_blocks, prefix_queries, prefix_hits (tokens), preemptions, steps, step_seconds,
+        predicted_step_seconds, computed_tokens, faults, policy_errors, log_dropped, spec_num_drafts, spec_num_draft_tokens,
+        spec_num_accepted_tokens, spec_num_accepted_tokens_per_pos (a list by place in the draft).
         """
 
 

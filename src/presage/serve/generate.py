@@ -98,7 +98,7 @@ class Branch:
 class Generation:
     """One engine request on its way: iterate ``deltas()`` once. Leaving early, for whatever reason, aborts it in the engine.
 
-    ``n_prompt``, ``n_cached``, ``pooled`` and ``prompt_logprobs`` are filled from the first emission that has them.
+    ``n_cached``, ``pooled`` and ``prompt_logprobs`` are filled as emissions bring them.
     """
 
     def __init__(self, front: Front, request: Request) -> None:
@@ -106,9 +106,11 @@ class Generation:
         client = front.client
         self.branches = [Branch(client.tokenizer, request, client.eos_ids) for _ in range(request.sampling.n)]
         self.n_prompt, self.n_cached = len(request.prompt), 0
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._scores: list[TokenLogprobs | None] = []
+        self._scored = -1  # branch that _scores are from
         self.pooled: list[float] | None = None
         self._open = request.sampling.n  # branches that the engine has not ended
+        self._left = request.sampling.n  # branches that the client still waits for
         self.timing = Timing(front.metrics, request, front.clock)
 
     @property
@@ -116,9 +118,15 @@ class Generation:
         """Tokens generated so far over all branches."""
         return sum(b.n for b in self.branches)
 
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None]:
+        """One entry per prompt token: None for the first, which nothing predicts, and for those that the engine did not score."""
+        n = self.n_prompt
+        return [None, *self._scores, *([None] * n)][:n]
+
     async def deltas(self) -> AsyncIterator[Delta]:
         """Additions in the order in which they come. Errors: whatever the engine refused or failed with."""
-        front, stream, over = self.front, None, False
+        front, stream = self.front, None
         front.live += 1
         try:
             stream = await open_stream(front.client, self.request)
@@ -126,10 +134,9 @@ class Generation:
                 delta = self._take(emission)
                 if delta is not None:
                     yield delta
-                if all(b.finish for b in self.branches):
+                if not self._left:
                     break
-            over = all(b.finish for b in self.branches)
-            self.timing.close(self.n_prompt, self.n_output, over)
+            self.timing.close(self.n_prompt, self.n_output, not self._left)
         except PresageError as error:
             front.metrics.failed(error.code)
             raise
@@ -141,14 +148,16 @@ class Generation:
         if e.error is not None:
             raise from_emission(e.error)
         self.n_cached = max(self.n_cached, e.n_cached)
-        if e.prompt_logprobs is not None:
-            # A chunked prompt brings its part with each chunk.
-            self.prompt_logprobs = [*(self.prompt_logprobs or ()), *e.prompt_logprobs]
+        if e.prompt_logprobs and self._scored in (-1, e.branch):
+            # A chunked prompt brings its part with each chunk; branches that compute the prompt again bring the same.
+            self._scored = e.branch
+            self._scores += e.prompt_logprobs
         if e.pooled is not None:
             self.pooled = e.pooled
         self._open -= bool(e.finish)
         delta = self.branches[e.branch].push(e)
         if delta is not None:
+            self._left -= bool(delta.finish)
             self.timing.note(e, len(delta.ids), delta.finish)
         return delta
 

@@ -14,12 +14,12 @@ from presage.serve.errors import encode, error_body
 def guarded_protocol(max_connections: int, header_timeout: float) -> type[H11Protocol]:
     """uvicorn's HTTP/1.1 protocol with a limit on connections and a deadline for each request head.
 
-    The deadline runs from the connection's start, or from the first byte after an answer, until the head is complete; trickling bytes do not
-    extend it. uvicorn itself only limits idle time between requests.
+    The deadline runs from the connection's start, or from the first byte after an answer, until the head is complete; trickling bytes do
+    not extend it. uvicorn itself only limits idle time between requests.
     """
     body = encode(error_body(Overloaded("too many open connections")))
-    head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n"
-    refusal = head.encode() + body
+    lines = ["HTTP/1.1 503 Service Unavailable", "content-type: application/json", f"content-length: {len(body)}", "retry-after: 1"]
+    refusal = "\r\n".join([*lines, "connection: close", "", ""]).encode() + body
 
     class GuardedProtocol(H11Protocol):
         _head_timer: asyncio.TimerHandle | None = None

@@ -63,9 +63,9 @@ class CompletionLogprobs:
         return {shown(self.tokenizer, i): finite(p) for i, p in pairs}
 
 
-def prompt_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogprobs | None] | None) -> list[dict[str, Any] | None] | None:
+def prompt_logprobs(tokenizer: Tokenizer, found: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
     """vLLM's shape: per prompt position, id -> logprob, rank, decoded_token; None for the first."""
-    return None if found is None else [None if t is None else _candidates(tokenizer, t) for t in found]
+    return [None if t is None else _candidates(tokenizer, t) for t in found]
 
 
 def _candidates(tokenizer: Tokenizer, t: TokenLogprobs) -> dict[str, Any]:

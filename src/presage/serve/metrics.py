@@ -29,11 +29,15 @@ _COUNTERS = {
     "prefix_cache_hits": ("prefix_hits", "Prompt tokens found in the prefix cache."),
     "num_preemptions": ("preemptions", "Requests evicted to make room."),
     "engine_steps": ("steps", "Steps run."),
-    "step_predicted_seconds": ("predicted_seconds", "Time the latency model predicted for the steps run."),
-    "step_measured_seconds": ("measured_seconds", "Time the steps took."),
-    "spec_decode_num_drafts": ("spec_drafts", "Drafts verified."),
-    "spec_decode_num_draft_tokens": ("spec_draft_tokens", "Draft tokens verified."),
-    "spec_decode_num_accepted_tokens": ("spec_accepted_tokens", "Draft tokens accepted."),
+    "step_predicted_seconds": ("predicted_step_seconds", "Time the latency model predicted for the steps run."),
+    "step_measured_seconds": ("step_seconds", "Time the steps took."),
+    "spec_decode_num_drafts": ("spec_num_drafts", "Drafts verified."),
+    "spec_decode_num_draft_tokens": ("spec_num_draft_tokens", "Draft tokens verified."),
+    "spec_decode_num_accepted_tokens": ("spec_num_accepted_tokens", "Draft tokens accepted."),
+    "computed_tokens": ("computed_tokens", "Rows computed, prompt tokens included."),
+    "step_faults": ("faults", "Steps that failed."),
+    "policy_errors": ("policy_errors", "Plans of a policy that were refused."),
+    "decision_log_dropped": ("log_dropped", "Records that the decision log could not write."),
 }
 
 
@@ -106,7 +110,7 @@ class _EngineCollector(Collector):
         places = CounterMetricFamily(
             PREFIX + "spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by place.", labels=["model_name", "position"]
         )
-        for place, count in enumerate(stats.get("spec_accepted_per_pos", ())):
+        for place, count in enumerate(stats.get("spec_num_accepted_tokens_per_pos", ())):
             places.add_metric([self._model, str(place)], float(count))
         yield places
 

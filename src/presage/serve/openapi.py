@@ -38,8 +38,11 @@ def takes(body: type[BaseModel]) -> dict[str, Any]:
 
 def streams(chunk: type[BaseModel]) -> dict[str, Any]:
     """The 200 answer's second form: server-sent events of ``chunk``."""
-    text = f"With `stream`: events `data: {chunk.__name__}`, then `data: [DONE]`. An error after the head is one event with an ErrorResponse."
-    return {"description": "The answer, or a stream of it.", "content": {"text/event-stream": {"schema": {"type": "string", "description": text}}}}
+    text = (
+        f"With `stream`: events `data: {chunk.__name__}`, then `data: [DONE]`. An error after the head is an event with an ErrorResponse."
+    )
+    content = {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+    return {"description": "The answer, or a stream of it.", "content": content}
 
 
 def install(app: FastAPI, extra: tuple[type[BaseModel], ...]) -> None:

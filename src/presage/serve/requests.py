@@ -28,6 +28,7 @@ def engine_request(
 ) -> Request:
     """One request for the engine; deadlines count from now."""
     now, tenant = front.clock(), tenant_of(http)
+    first, each, end = deadlines(body.slo, now)
     return Request(
         id=name,
         prompt=ids_array(prompt),
@@ -40,16 +41,18 @@ def engine_request(
         program=body.program_id,
         stage=body.stage,
         draft=body.draft,
-        **deadlines(body.slo, now),
+        due_first=first,
+        due_each=each,
+        due_end=end,
     )
 
 
-def deadlines(slo: SLO | None, now: float) -> dict[str, float]:
-    """due_first and due_end as absolute times, due_each as an allowance, in seconds; inf where there is no wish."""
+def deadlines(slo: SLO | None, now: float) -> tuple[float, float, float]:
+    """(due_first, due_each, due_end): absolute times but for the allowance in the middle, in seconds; inf where there is no wish."""
     if slo is None:
-        return {}
+        return math.inf, math.inf, math.inf
     first, each, end = (math.inf if ms is None else ms / 1e3 for ms in (slo.ttft_ms, slo.tpot_ms, slo.e2e_ms))
-    return {"due_first": now + first, "due_each": each, "due_end": now + end}
+    return now + first, each, now + end
 
 
 def check_stream(body: SamplingBody) -> bool:

@@ -11,18 +11,25 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
+from presage.core.errors import Draining
 from presage.serve.config import ServerConfig
+from presage.serve.errors import error_response
 from presage.serve.front import Front
 from presage.serve.guard import guarded_protocol
 
 Drain = Callable[[], Awaitable[None]]
 MAX_HEAD_BYTES = 64 << 10
+LAST_SECONDS = 2
 log = logging.getLogger("presage.serve")
 
 
 class Server(uvicorn.Server):
-    """The first SIGTERM or SIGINT drains: new requests get 503 ``draining``, running ones finish within ``shutdown_timeout``. The second ends."""
+    """The first SIGTERM or SIGINT drains, the second ends at once.
+
+    While draining, new requests get 503 ``draining`` and running ones may finish within ``shutdown_timeout``.
+    """
 
     def __init__(self, config: uvicorn.Config, front: Front, drain: Drain | None) -> None:
         super().__init__(config)
@@ -56,10 +63,32 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class _EndQuietly:
+    """What the end of the server cuts off gets a 503 if it had no answer yet, and not a page of traceback in the log."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except asyncio.CancelledError:
+            if scope["type"] != "http" or started:
+                raise
+            await error_response(Draining("the server has shut down", retry_after=5))(scope, receive, send)
+
+
 def make_server(app: FastAPI, config: ServerConfig, drain: Drain | None = None) -> Server:
     """A server to ``serve()`` in a loop of your own. ``drain`` is awaited once when the end begins (it may end the engine's requests)."""
     settings = uvicorn.Config(
-        app,
+        _EndQuietly(app),
         host=config.host,
         port=config.port,
         uds=config.uds,
@@ -73,7 +102,7 @@ def make_server(app: FastAPI, config: ServerConfig, drain: Drain | None = None) 
         ssl_ca_certs=config.ssl_ca_certs,
         ssl_cert_reqs=2 if config.ssl_ca_certs else 0,
         timeout_keep_alive=config.timeout_keep_alive,
-        timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
+        timeout_graceful_shutdown=LAST_SECONDS,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_level=config.log_level,
         access_log=config.access_log,

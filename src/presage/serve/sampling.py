@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from presage.core.errors import ContextTooLong, RequestError
+from presage.core.errors import ConfigError, ContextTooLong, RequestError
 from presage.core.sampling_params import SamplingParams, StructuredOutputsParams
 from presage.serve.client import EngineClient
 from presage.serve.protocol.common import SamplingBody
@@ -53,6 +53,21 @@ def sampling_of(body: SamplingBody, client: EngineClient, defaults: dict[str, An
     if sampling.bad_words:
         sampling.bad_words_ids = bad_word_ids(sampling.bad_words, client.tokenizer)
     return sampling
+
+
+def check_defaults(defaults: dict[str, Any]) -> None:
+    """Raise ConfigError if ``default_sampling_params`` of the server cannot be used."""
+    try:
+        SamplingParams(**defaults)
+    except (TypeError, RequestError) as error:
+        raise ConfigError(f"default_sampling_params: {error}", param="default_sampling_params") from None
+
+
+def asked_tokens(body: SamplingBody) -> int | None:
+    """max_tokens under either of its names. Errors: RequestError if they differ."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise RequestError("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
+    return body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
 
 
 def output_room(asked: int | None, default: int | None, n_prompt: int, n_ctx: int) -> int:

@@ -68,8 +68,8 @@ def array_schema(tools: list[Tool], several: bool) -> dict[str, Any]:
         # References are rooted at the whole document, so definitions move up.
         for key in ("$defs", "definitions"):
             defs.setdefault(key, {}).update(schema.pop(key, None) or {})
-        name = {"type": "string", "enum": [tool.function.name]}
-        calls.append({"type": "object", "properties": {"name": name, "parameters": schema}, "required": ["name", "parameters"], "additionalProperties": False})
+        properties = {"name": {"type": "string", "enum": [tool.function.name]}, "parameters": schema}
+        calls.append({"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False})
     out: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls} if len(calls) > 1 else calls[0]}
     if not several:
         out["maxItems"] = 1

@@ -1,4 +1,4 @@
-"""Text to ids and back: tokenizers, chat templates, incremental detokenisation, stop strings. No import here costs torch or transformers."""
+"""Text to ids and back: tokenizers, chat templates, incremental detokenisation, stop strings. Imports neither torch nor transformers."""
 
 from presage.tokenize.chat import ChatTemplate
 from presage.tokenize.detokenize import Detokenizer

@@ -12,15 +12,16 @@ from presage.core.errors import CheckpointError
 CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 
-def load_backend(path: Path) -> tuple[Any, dict[str, Any]]:
+def load_backend(path: Path, reader: Any = None) -> tuple[Any, dict[str, Any]]:
     """The ``tokenizers.Tokenizer`` (or an adapter with its methods) of a folder or .gguf file, and its tokenizer_config as a dict.
 
+    ``reader`` is an open GGUF file's, since opening one takes seconds for a large vocabulary.
     Raises CheckpointError if there is none or it cannot be read; the message names the file.
     """
     if path.suffix == ".gguf":
         from presage.tokenize.gguf_vocab import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(path)
+        return load_gguf_tokenizer(path, reader)
     config = _config(path)
     file = path / "tokenizer.json"
     if not file.exists():

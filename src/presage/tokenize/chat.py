@@ -85,13 +85,14 @@ class ChatTemplate:
             try:
                 self._compiled[name] = compile_template(self.sources[name])
             except (TemplateError, RecursionError) as error:
-                line = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+                at = getattr(error, "lineno", None)
+                line = f" (line {at})" if at else ""
                 raise RequestError(f"{self.origin} does not parse{line}: {error}", param="chat_template") from None
         return self._compiled[name]
 
 
 def find_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The template of a tokenizer folder: chat_template.jinja (and additional_chat_templates), chat_template.json, tokenizer_config.json."""
+    """The template of a tokenizer folder: chat_template.jinja, additional_chat_templates, chat_template.json, tokenizer_config.json."""
     sources: dict[str, str] = {}
     listed = config.get("chat_template")
     if not listed and path.is_dir():

@@ -11,9 +11,7 @@ from presage.core.errors import CheckpointError
 
 META = "\u2581"
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_TEMPLATE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_TEMPLATE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3, _QWEN2 = _TEMPLATE.replace("DIGITS", "{1,3}"), _TEMPLATE.replace("DIGITS", "")
 _PLAIN = frozenset({"gpt-2", "gpt2", "mpt", "olmo", "phi-2", "jina-en", "roberta-bpe"})
 _THREE_DIGITS = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "pixtral"})
@@ -21,12 +19,12 @@ _ONE_DIGIT = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"})
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 
 
-def load_gguf_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+def load_gguf_tokenizer(path: Path, reader: Any = None) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer and the tokenizer_config a Hugging Face folder would have. Raises CheckpointError for kinds we cannot build."""
     # Imported here: a folder with tokenizer.json needs neither torch nor gguf.
     from presage.models.loading.gguf_file import open_gguf, read_meta
 
-    reader = open_gguf(path)
+    reader = reader or open_gguf(path)
     return build(lambda key, default=None: read_meta(reader, f"tokenizer.{key}", default), str(path))
 
 
@@ -51,7 +49,7 @@ def build(meta: Any, where: str) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _byte_level(tokens: list[str], merges: list[str], pre: str, where: str) -> Tokenizer:
-    pairs = [tuple(m.split(" ", 1)) for m in merges]
+    pairs = [(left, right) for left, right in (m.split(" ", 1) for m in merges)]
     vocab = {t: i for i, t in enumerate(tokens)}
     # Llama 3 takes a word that is a token as it is, without replaying its merges.
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in _THREE_DIGITS))

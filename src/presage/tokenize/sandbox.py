@@ -55,7 +55,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self._tick()
         return super().getitem(obj, argument)
 
-    def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: PYI063 (Jinja's own signature)
+    def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self._tick()
         return super().call(__context, __obj, *args, **kwargs)
 

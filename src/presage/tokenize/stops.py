@@ -12,16 +12,20 @@ from collections.abc import Sequence
 
 
 class StopAutomaton:
-    """Immutable after construction; states are ints, 0 is the start, and ``depth[state]`` is how many characters could begin a match."""
+    """Immutable after construction; states are ints, 0 is the start.
+
+    ``match[state]`` is the stop string that ends here, ``hold[state]`` how many of the last characters could still grow into one.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._next: list[dict[str, int]] = [{}]
         self._fail = [0]
-        self.depth = [0]
+        self._depth = [0]
         self.match: list[str | None] = [None]
         for stop in stops:
             if stop:
                 self._add(stop)
+        self.hold = [0] * len(self._next)
         self._link()
 
     def _add(self, stop: str) -> None:
@@ -32,7 +36,7 @@ class StopAutomaton:
                 follow = self._next[state][ch] = len(self._next)
                 self._next.append({})
                 self._fail.append(0)
-                self.depth.append(self.depth[state] + 1)
+                self._depth.append(self._depth[state] + 1)
                 self.match.append(None)
             state = follow
         self.match[state] = stop
@@ -41,6 +45,8 @@ class StopAutomaton:
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()
+            # A string that is complete and begins no longer one cannot grow: only a shorter end of it may.
+            self.hold[state] = self._depth[state] if self._next[state] else self.hold[self._fail[state]]
             for ch, child in self._next[state].items():
                 self._fail[child] = self.step(self._fail[state], ch)
                 if self.match[child] is None:
@@ -82,8 +88,7 @@ class StopChecker:
         if self.hit is not None:
             self._held = ""
             return (text if self._include else text[: len(text) - len(self.hit)]), self.hit
-        # An unarmed match may sit in the held text; the state's depth is still the longest suffix that can grow into one.
-        keep = min(self._automaton.depth[self._state], len(text))
+        keep = min(self._automaton.hold[self._state], len(text))
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], None
 

@@ -44,13 +44,13 @@ class Tokenizer:
         """
         opened = _opened(source)
         path = opened[0] if opened else _resolve(source, revision)
-        backend, config = load_backend(path)
+        backend, config = load_backend(path, getattr(source, "reader", None))
         model = opened[1] if opened else _model_facts(path, config)
         template = ChatTemplate.from_file(chat_template, special_strings(config)) if chat_template else find_template(path, config)
         return cls(backend, config, model, template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``; ``add_special_tokens`` adds BOS and the like as the tokenizer says. Chat templates bring their own: pass False."""
+        """Ids of ``text``; ``add_special_tokens`` adds BOS and the like; a rendered chat has its own: pass False."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return self._with_bos(ids) if add_special_tokens else ids
 

@@ -86,7 +86,13 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         batch = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
-        return {"loss": loss.item(), "lr_scale": scale, "grad_norm": norm.item(), "tokens": (self.step + 1) * ids[:, 1:].size, "batch": batch}
+        return {
+            "loss": loss.item(),
+            "lr_scale": scale,
+            "grad_norm": norm.item(),
+            "tokens": (self.step + 1) * ids[:, 1:].size,
+            "batch": batch,
+        }
 
     def _loss(self, ids: np.ndarray) -> torch.Tensor:
         x = torch.from_numpy(ids)

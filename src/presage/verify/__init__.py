@@ -5,7 +5,6 @@ A rule has traits ``lossless`` (tokens follow the target exactly) and ``seed_sta
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 
 from presage.core.errors import ConfigError
@@ -19,9 +18,8 @@ def names() -> tuple[str, ...]:
     return tuple(RULES)
 
 
-@cache
 def get(name: str) -> AcceptanceRule:
-    """The rule of that name. Rules keep no state, so one object serves everybody. Raises ConfigError listing the names."""
+    """The rule of that name; rules keep no state. Raises ConfigError listing the names."""
     if name not in RULES:
         raise ConfigError(f"unknown acceptance rule {name!r}; known: {', '.join(names())}", param="accept")
     rule: AcceptanceRule = getattr(import_module(f"presage.verify.{name}"), RULES[name])()

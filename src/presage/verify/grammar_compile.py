@@ -19,9 +19,7 @@ import numpy as np
 import xgrammar as xg
 
 from presage.core.errors import GrammarError
-from presage.core.events import Waited
 from presage.core.sampling_params import StructuredOutputsParams
-from presage.core.types import Wait
 from presage.verify.grammar_spec import MAX_WHITESPACE, GrammarSpec, spec_of
 from presage.verify.grammar_taster import Taster
 
@@ -103,9 +101,9 @@ def _json_grammar(spec: GrammarSpec) -> xg.Grammar:
 
 # The engine's unbounded digit loops, where small models stay for ever. 18 digits and three of exponent still write every double.
 SHORTER = (
-    ('basic_integer ::= (("0") | (basic_integer_1 [1-9] [0-9]*))', 'basic_integer ::= (("0") | (basic_integer_1 [1-9] [0-9]{0,17}))'),
-    ('basic_number_2 ::= (("0") | ([1-9] [0-9]*))', 'basic_number_2 ::= (("0") | ([1-9] [0-9]{0,17}))'),
-    ('basic_number_3 ::= ("" | ("." basic_number_digits{1, -1}))', 'basic_number_3 ::= ("" | ("." basic_number_digits{1, 18}))'),
+    ("(basic_integer_1 [1-9] [0-9]*)", "(basic_integer_1 [1-9] [0-9]{0,17})"),
+    ('(("0") | ([1-9] [0-9]*))', '(("0") | ([1-9] [0-9]{0,17}))'),
+    ('("." basic_number_digits{1, -1})', '("." basic_number_digits{1, 18})'),
     ("([eE] basic_number_4 basic_number_digits{1, -1})", "([eE] basic_number_4 basic_number_digits{1, 3})"),
 )
 
@@ -125,18 +123,28 @@ def _reason(error: Exception) -> str:
     return last.rpartition(".cc:")[2].partition(": ")[2][:300] or last[:300]
 
 
-Post = Callable[[Waited], None]
+Done = Callable[[GrammarError | None], None]
 
 
 class GrammarCompiler:
     """Compiles constraints for one tokenizer and keeps the results, most recently used first out last.
 
-    ``submit`` posts from a worker thread. Close it to end threads and the child process.
+    ``submit`` calls back from a worker thread. Close it to end threads and the child process.
     """
 
-    def __init__(self, info: xg.TokenizerInfo, *, timeout: float = 30.0, max_threads: int = 1, cache_bytes: int = CACHE_BYTES) -> None:
-        self.info, self.timeout, self.cache_bytes = info, timeout, cache_bytes
-        self.vocab_size, self.eos_ids = info.vocab_size, list(info.stop_token_ids)
+    def __init__(
+        self,
+        vocabulary: Vocabulary | list[bytes] | str | Path,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        *,
+        timeout: float = 30.0,
+        max_threads: int = 1,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.timeout, self.cache_bytes = timeout, cache_bytes
+        self.vocab_size, self.eos_ids = vocab_size, [int(i) for i in eos_ids]
+        self.info = info = tokenizer_info(vocabulary, vocab_size, self.eos_ids)
         # The engine's own cache is off: it would keep rejected and evicted grammars alive.
         self._engine = xg.GrammarCompiler(info, max_threads=max_threads, cache_enabled=False)
         self._cache: OrderedDict[bytes, xg.CompiledGrammar] = OrderedDict()
@@ -157,12 +165,12 @@ class GrammarCompiler:
         """The compiled grammar, from the cache or made now (may take up to twice the timeout). Errors: GrammarError."""
         return self._get(spec_of(params))
 
-    def submit(self, request_id: str, params: StructuredOutputsParams, post: Post) -> None:
-        """Compile in the background; ``post`` gets one Waited event, unless ``cancel`` comes first."""
+    def submit(self, request_id: str, params: StructuredOutputsParams, done: Done) -> None:
+        """Compile in the background; ``done`` is called once, with None or the error, unless ``cancel`` comes first."""
         try:
             spec = spec_of(params)
         except GrammarError as error:
-            post(_told(request_id, error))
+            done(error)
             return
         with self._lock:
             hit = self._cache.get(spec.key)
@@ -170,9 +178,9 @@ class GrammarCompiler:
                 self._ready[request_id] = hit
             else:
                 pool = self._small if spec.tame else self._large
-                self._waiting[request_id] = pool.submit(self._work, request_id, spec, post)
+                self._waiting[request_id] = pool.submit(self._work, request_id, spec, done)
         if hit is not None:
-            post(_told(request_id, None))
+            done(None)
 
     def cancel(self, request_id: str) -> None:
         """The request ended or no longer waits: no event will come, and nothing is kept for it."""
@@ -194,7 +202,7 @@ class GrammarCompiler:
         for pool in (self._small, self._large):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, request_id: str, spec: GrammarSpec, post: Post) -> None:
+    def _work(self, request_id: str, spec: GrammarSpec, done: Done) -> None:
         made: xg.CompiledGrammar | None = None
         failure: GrammarError | None = None
         try:
@@ -211,7 +219,7 @@ class GrammarCompiler:
             if live and made is not None:
                 self._ready[request_id] = made
         if live:
-            post(_told(request_id, failure))
+            done(failure)
 
     def _get(self, spec: GrammarSpec) -> xg.CompiledGrammar:
         key = spec.key
@@ -234,10 +242,6 @@ class GrammarCompiler:
                 self._bytes += made.memory_size_bytes
             while len(self._cache) > 1 and (self._bytes > self.cache_bytes or len(self._cache) > CACHE_ENTRIES):
                 self._bytes -= self._cache.popitem(last=False)[1].memory_size_bytes
-
-
-def _told(request_id: str, error: GrammarError | None) -> Waited:
-    return Waited(request_id, Wait.GRAMMAR, None if error is None else (error.code, error.message, error.status))
 
 
 def _must_start(made: xg.CompiledGrammar, vocab_size: int) -> None:

@@ -125,14 +125,13 @@ def _integers(least: int | None, most: int | None, step: int | None, at: str) ->
         raise Never(f"no integer in range at {at or '/'}")
     if step:
         return _steps(least, most, step, at)
-    out: dict[str, Any] = {"type": "integer"}
     if (least or 0) > LARGEST or (most or 0) < -LARGEST:
-        raise GrammarError(f"integer bounds beyond 10^18 are not supported (at {at or '/'})", param="json", keyword="minimum")
-    if least is not None:
-        out["minimum"] = max(min(least, LARGEST), -LARGEST)
-    if most is not None:
-        out["maximum"] = min(max(most, -LARGEST), LARGEST)
-    return out
+        raise _refused("minimum", f"and maximum of integers beyond 10^18 are not supported (at {at or '/'})")
+    if least is None and most is None:
+        return {"type": "integer"}
+    # A side left open would be an endless loop of digits.
+    low = -LARGEST if least is None else max(least, -LARGEST)
+    return {"type": "integer", "minimum": low, "maximum": LARGEST if most is None else min(most, LARGEST)}
 
 
 def _steps(least: int | None, most: int | None, step: int, at: str) -> dict[str, Any]:

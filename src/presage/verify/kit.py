@@ -53,9 +53,9 @@ def draft_of(trees: list[list[tuple[int, int]]]) -> Draft:
         depth += own
     offset = np.concatenate([[0], np.cumsum([len(t) for t in trees])]).astype(np.int32)
     flat = [node for tree in trees for node in tree]
-    token = np.array([t for t, _ in flat], np.int32)
-    parent = np.array([p for _, p in flat], np.int32)
-    return Draft(offset, token, parent, np.array(depth, np.int32), np.ones(len(flat), np.float32))
+    tokens = np.array([t for t, _ in flat], np.int32)
+    parents = np.array([p for _, p in flat], np.int32)
+    return Draft(offset, tokens, parents, np.array(depth, np.int32), np.ones(len(flat), np.float32))
 
 
 def plan_of(slots: list[int], known: list[int], draft: Draft | None = None, rule: str = "keyed") -> StepPlan:
@@ -100,7 +100,12 @@ def target_rows(plan: StepPlan, known: list[list[int]], targets: list[Target]) -
 
 
 def generate(
-    sampler: Any, prompts: dict[int, list[int]], targets: dict[int, Target], tokens: int, drafter: Drafter | None = None, rule: str = "keyed"
+    sampler: Any,
+    prompts: dict[int, list[int]],
+    targets: dict[int, Target],
+    tokens: int,
+    drafter: Drafter | None = None,
+    rule: str = "keyed",
 ) -> dict[int, list[int]]:
     """Ids generated per open slot until each has ``tokens``: whole steps of all slots, committed through the sampler's companion."""
     known = {slot: list(prompt) for slot, prompt in prompts.items()}

@@ -40,7 +40,8 @@ def cache_geometry(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, i
     num, kv_heads, dim = v_cache.shape[0], v_cache.shape[1] if v_cache.dim() == 4 else 0, v_cache.shape[-1]
     shapes = cache_shapes(num, kv_heads, dim, v_cache.dtype)
     if k_cache.dtype != v_cache.dtype or v_cache.dtype not in _STORED or (tuple(k_cache.shape), tuple(v_cache.shape)) != shapes:
-        raise ConfigError(f"caches are {k_cache.dtype} {tuple(k_cache.shape)} and {v_cache.dtype} {tuple(v_cache.shape)}, expected {shapes}")
+        found = f"{k_cache.dtype} {tuple(k_cache.shape)}, {v_cache.dtype} {tuple(v_cache.shape)}"
+        raise ConfigError(f"caches are {found}; expected one type, {shapes}")
     if dim % 16 or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ConfigError(f"caches must be contiguous, with a multiple of 16 dimensions a head, not {dim}")
     return kv_heads, dim, int(v_cache.dtype == torch.bfloat16)
@@ -49,9 +50,9 @@ def cache_geometry(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, i
 class AttentionBatch:
     """Who attends to what in one step, as addresses. Keeps the tensors alive; they must not change until the step's calls are done.
 
-    ``indptr`` i32[S+1], ``blocks`` i32[*]: block tables. ``span_of``, ``index`` i32[t]: span and KV slot of each row. ``linear``, ``kv_len``
-    i32[S]. ``tree`` u64 (or i64) [t, W]: ancestor bits over keys linear..kv_len-1, or None. ``position`` i32[t]: only needed for windows
-    over trees. ``max_kv`` (largest kv_len) is computed if not given. Raises ConfigError on a wrong type.
+    ``indptr`` i32[S+1], ``blocks`` i32[*]: block tables. ``span_of``, ``index`` i32[t]: span and KV slot of each row. ``linear``,
+    ``kv_len`` i32[S]. ``tree`` u64 (or i64) [t, W]: ancestor bits over keys linear..kv_len-1, or None. ``position`` i32[t]: only needed
+    for windows over trees. ``max_kv`` (largest kv_len) is computed if not given. Raises ConfigError on a wrong type.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class AttentionBatch:
         max_kv: int | None = None,
     ) -> None:
         self._alive = (indptr, blocks, span_of, index, linear, kv_len, tree, position)
-        for name, x in zip(("indptr", "blocks", "span_of", "index", "linear", "kv_len", "position"), (*self._alive[:6], position), strict=True):
+        names = ("indptr", "blocks", "span_of", "index", "linear", "kv_len", "position")
+        for name, x in zip(names, (*self._alive[:6], position), strict=True):
             if x is not None and (x.dtype != torch.int32 or not x.is_contiguous()):
                 raise ConfigError(f"attention: {name} must be a contiguous int32 tensor, not {x.dtype}", param=name)
         if tree is not None and (tree.dtype not in (torch.int64, torch.uint64) or not tree.is_contiguous() or linear is None):
@@ -120,7 +122,7 @@ class PagedAttention:
         shape = (heads, kv_heads, dim, window, int(causal), block_tokens // BLOCK, floats)
         self._words = (k_cache.data_ptr(), v_cache.data_ptr(), keep, *shape)
         self._table = team.table(FIELDS)
-        self._kernel = attend(half, self.group % 4)
+        self._kernel = attend(half)
 
     def __call__(self, q: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
         """``q`` [t, heads, D] (f32 or bf16; rounded to bf16 if the cache is) -> ``out`` [t, heads * D] (f32 or bf16), both contiguous."""

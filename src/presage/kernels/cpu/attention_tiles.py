@@ -116,9 +116,9 @@ def _bounds(table, row0, rows, span):  # type: ignore[no-untyped-def]
     return low, (kv_len if linear < kv_len else stop), full_lo, full_hi, linear, kv_len
 
 
-def _score_pass(half: int, tail: int) -> Any:
-    """Pass 1 for bf16 (``half`` 1) or f32 caches; ``tail``: the group's heads beyond a multiple of 4, which get a tile of their own."""
-    size, rest = 4 - 2 * half, tail if tail > 0 else 4
+def _score_pass(half: int) -> Any:
+    """Pass 1 for bf16 (``half`` 1) or f32 caches."""
+    size = 4 - 2 * half
 
     @subroutine
     def run(table, row0, rows, span, head, group, packed, biggest, scores):  # type: ignore[no-untyped-def]
@@ -127,19 +127,23 @@ def _score_pass(half: int, tail: int) -> Any:
         scale, cap, dim = get_f32(table, 2 * at.FLOATS), get_f32(table, 2 * at.FLOATS + 1), get_i64(table, at.DIM)
         m, stride, block_bytes, first, last = rows * group, dim * size, BLOCK * dim * size, low // BLOCK, (stop + BLOCK - 1) // BLOCK
         cache, step = get_i64(table, at.K) + head * block_bytes, get_i64(table, at.KV_HEADS) * block_bytes
+        values = get_i64(table, at.V) + head * block_bytes
         for unit in range(first, last):
             k = cache + _block_at(table, span, unit) * step
             ahead = cache + _block_at(table, span, unit + AHEAD) * step if unit + AHEAD < last else k
+            if unit + AHEAD >= last and first + unit + AHEAD - last < last:
+                # The last keys fetch the first values: pass 2 follows at once.
+                ahead = values + _block_at(table, span, first + unit + AHEAD - last) * step
             out, start, r = scores + (unit - first) * m * 128, unit * BLOCK, 0
             while r < m:
                 # Only the first rows fetch the next block: the others find this one in L1.
                 nxt, q, dots = ahead if r == 0 else k, packed + r * stride, out + r * 128
-                if tail == 0 or m - r >= 4:
+                if m - r >= 4:
                     qk_tile(4, half, q, stride, k, stride // 4, dots, nxt)
                     r += 4
-                elif tail == 2 or m - r >= rest:
-                    qk_tile(rest, half, q, stride, k, stride // 4, dots, nxt)
-                    r += rest
+                elif m - r >= 2:
+                    qk_tile(2, half, q, stride, k, stride // 4, dots, nxt)
+                    r += 2
                 else:
                     qk_tile(1, half, q, stride, k, stride // 4, dots, nxt)
                     r += 1
@@ -153,9 +157,9 @@ def _score_pass(half: int, tail: int) -> Any:
     return run
 
 
-def _value_pass(half: int, tail: int) -> Any:
-    """Pass 2 for bf16 (``half`` 1) or f32 caches; ``tail`` as in `_score_pass`."""
-    size, rest = 4 - 2 * half, tail if tail > 0 else 4
+def _value_pass(half: int) -> Any:
+    """Pass 2 for bf16 (``half`` 1) or f32 caches."""
+    size = 4 - 2 * half
 
     @subroutine
     def run(table, row0, rows, span, head, group, top, sums, acc, scores):  # type: ignore[no-untyped-def]
@@ -170,24 +174,23 @@ def _value_pass(half: int, tail: int) -> Any:
             start, r = unit * BLOCK, 0
             masked, keys = start < full_lo or start + BLOCK > full_hi, at.clamp(stop - start, BLOCK)
             while r < m:
-                n = 4 if m - r >= 4 else rest if m - r >= rest else 1
+                n = 4 if m - r >= 4 else 2 if m - r >= 2 else 1
                 p, nxt, target, c = scores + ((unit - first) * m + r) * 128, ahead if r == 0 else value, acc + 4 * dim * r, 0
                 _weigh(p, top + 4 * r, n, masked)
                 while c < dim:
                     # Only the first columns' call adds to the true sums.
                     total = sums + 4 * r if c == 0 else sums + 4 * MAX_TILE
                     v, ahead_v, a, wide = value + size * c, nxt + size * c, target + 4 * c, dim - c >= 64
-                    if wide and not masked and (tail == 0 or n == 4):
+                    # A visible key's bits are the same in the masked form, so the small tiles have no other.
+                    if wide and n == 4 and not masked:
                         pv_tile(4, 4, half, 0, p, v, stride, keys, a, 4 * dim, total, ahead_v)
-                    elif wide and (tail == 0 or n == 4):
+                    elif wide and n == 4:
                         pv_tile(4, 4, half, 1, p, v, stride, keys, a, 4 * dim, total, ahead_v)
-                    elif wide and not masked and (tail == 2 or n == rest):
-                        pv_tile(rest, 4, half, 0, p, v, stride, keys, a, 4 * dim, total, ahead_v)
+                    elif wide and n == 2:
+                        pv_tile(2, 4, half, 1, p, v, stride, keys, a, 4 * dim, total, ahead_v)
                     elif wide:
-                        for i in range(n):
-                            pv_tile(1, 4, half, 1, p + 128 * i, v, stride, keys, a + 4 * dim * i, 4 * dim, total + 4 * i, ahead_v)
-                    elif tail == 0 or n == 4:
-                        # A visible key's bits are the same in the masked form, so narrow rests need no other.
+                        pv_tile(1, 4, half, 1, p, v, stride, keys, a, 4 * dim, total, ahead_v)
+                    elif n == 4:
                         pv_tile(4, 1, half, 1, p, v, stride, keys, a, 4 * dim, total, ahead_v)
                     else:
                         for i in range(n):
@@ -265,9 +268,9 @@ plan_bytes, tile_bytes = device(_plan_bytes), device(_tile_bytes)
 
 
 @kernel
-def attend(half, tail):  # type: ignore[no-untyped-def]
-    """Each thread claims (tile, KV head) items until none is left. ``half``: 1 for bf16 caches, 0 for f32; ``tail``: group % 4."""
-    score_pass, value_pass = _score_pass(half, tail), _value_pass(half, tail)
+def attend(half):  # type: ignore[no-untyped-def]
+    """Each thread claims (tile, KV head) items until none is left. ``half``: 1 for bf16 caches, 0 for f32."""
+    score_pass, value_pass = _score_pass(half), _value_pass(half)
 
     def run(table):  # type: ignore[no-untyped-def]
         rank, kv_heads, size, dim = enter(table), get_i64(table, at.KV_HEADS), get_i64(table, at.SCRATCH_BYTES), get_i64(table, at.DIM)

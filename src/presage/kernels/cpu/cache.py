@@ -50,14 +50,14 @@ KEEP = 4
 
 
 def device(function: Callable[..., Any]) -> Any:
-    """A helper inlined into the kernels that call it. Never raises: division by zero gives what the hardware gives."""
-    return numba.njit(error_model="numpy", forceinline=True)(function)
+    """A helper inlined into the kernels that call it; not callable from Python. Never raises: division by zero gives what the hardware gives."""
+    return numba.njit(error_model="numpy", forceinline=True, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def subroutine(function: Callable[..., Any]) -> Any:
     """A helper that stays a call (large and rarely executed code): arguments and results are scalars and vectors."""
     # Said explicitly: numba hands `forceinline` down from a @device caller.
-    return numba.njit(error_model="numpy", forceinline=False)(function)
+    return numba.njit(error_model="numpy", forceinline=False, _nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def cache_directory() -> Path:
@@ -80,12 +80,21 @@ def sources_of(path: Path) -> frozenset[Path]:
 
 @cache
 def _imports(path: Path) -> tuple[Path, ...]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    names = {
-        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("presage.kernels")
-    }
-    specs = [importlib.util.find_spec(name) for name in sorted(names)]
-    return tuple(Path(spec.origin) for spec in specs if spec and spec.origin)
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return tuple(source for name in sorted(names) if name.startswith("presage.kernels") and (source := _source(name)))
+
+
+def _source(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # `from module import name` of something that is no module
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def sources_stamp(paths: Iterable[Path]) -> str:
@@ -145,7 +154,8 @@ class Kernel:
         return compiled
 
     def _compile(self) -> Any:
-        options = {"nopython": True, "error_model": "numpy"}
+        # Without numba's runtime (no allocation), whose symbols a process that only loads kernels would not have.
+        options = {"nopython": True, "error_model": "numpy", "_nrt": False}
         callback: Any = CFunc(self._factory(*self._constants), ((types.int64,), types.void), {}, options)
         compiled = callback._compile_uncached()
         compiled.library.enable_object_caching()

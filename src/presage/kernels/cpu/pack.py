@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from presage.core.errors import ConfigError
-from presage.kernels.cpu.cache import Kernel, kernel
+from presage.kernels.cpu.cache import Kernel, device, kernel
 from presage.kernels.cpu.gemm import gemm
 from presage.kernels.cpu.isa import ISA, current_isa
 from presage.kernels.cpu.region import HEADER, claim, enter, leave
@@ -55,31 +55,44 @@ class PackedLinear:
         return f"PackedLinear({'2 x ' if self.gated else ''}{self.n} x {self.k}, {self.numerics})"
 
 
+_PIECE = 128
+"""Words of a row copied at once: longer reads than a line suit the memory, and 48 rows of it still fit the caches."""
+
+
+@device
+def copy_end(target, source, exists, count, size):  # type: ignore[no-untyped-def]
+    """`count` words of a row, 16 words apart, and half a word if `size` is more; zeros if the row does not exist."""
+    for i in range(count):
+        set_i32(target, i * 16, get_i32(source, i) if exists else 0)
+    for i in range(count, size):
+        set_i32(target, i * 16, get_u16(source, 2 * i) if exists else 0)
+
+
 @kernel
 def pack_words(columns: int) -> Any:
-    """Copy rows of 4-byte words into column blocks, 16 words of a row at a time so that each cache line is read once."""
+    """Copy rows of 4-byte words into column blocks."""
 
     def run(table):  # type: ignore[no-untyped-def]
         enter(table)
         stride, n, out, lanes = get_i64(table, _STRIDE), get_i64(table, _N), get_i64(table, _OUT), get_i64(table, _LANES)
         words, odd = get_i64(table, _K_WORDS), get_i64(table, _ODD)
+        plane = (words + odd) * 64
         block = claim(table)
         while block < get_i64(table, _BLOCKS):
-            start = out + block * columns * (words + odd) * 4
-            for word in range(0, words + odd, 16):
-                count = min(16, words - word)
+            start = out + block * columns // 16 * plane
+            for piece in range(0, words + odd, _PIECE):
                 for lane in range(columns):
-                    row = block * lanes + lane % lanes
-                    source = get_i64(table, _FIRST if lane < lanes else _SECOND) + row * stride
-                    target = start + lane // 16 * (words + odd) * 64 + word * 64 + lane % 16 * 4
-                    if row >= n:
-                        for i in range(min(16, words + odd - word)):
-                            set_i32(target + i * 64, 0, 0)
-                    else:
-                        for i in range(count):
-                            set_i32(target + i * 64, 0, get_i32(source, word + i))
-                        if odd and count < 16:
-                            set_i32(target + count * 64, 0, get_u16(source, 2 * (word + count)))
+                    second = lane >= lanes
+                    row = block * lanes + lane - (lanes if second else 0)
+                    source = get_i64(table, _SECOND if second else _FIRST) + row * stride
+                    target = start + lane // 16 * plane + lane % 16 * 4
+                    for word in range(piece, min(piece + _PIECE, words + odd), 16):
+                        to, at = target + word * 64, source + word * 4
+                        if row < n and word + 16 <= words:
+                            for i in range(16):
+                                set_i32(to, i * 16, get_i32(at, i))
+                        else:
+                            copy_end(to, at, row < n, min(16, words - word), min(16, words + odd - word))
             block = claim(table)
         leave(table)
 

@@ -9,10 +9,11 @@ tile that computed it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, registry, types
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 from presage.kernels.cpu.isa import current_isa
@@ -21,8 +22,9 @@ from presage.kernels.cpu.vectors import FLOAT, I1, I8, I16, I32, I64, VF32, VI16
 HIDDEN = -1.0
 """Stands in the scratch for the weight of a key that a row must not see (a real weight is never negative)."""
 
-Builder = ir.IRBuilder
-Value = ir.Value
+# llvmlite has no type stubs.
+Builder: TypeAlias = Any
+Value: TypeAlias = Any
 
 
 class _BFloat(ir.Type):
@@ -114,14 +116,12 @@ def _emit(signature: Any, body: Callable[[Builder, list[Value]], Any]) -> Any:
     return signature, generate
 
 
-@intrinsic
-def mask_of(typingctx: Any, bits: Any) -> Any:
+def _mask_of(typingctx: Any, bits: Any) -> Any:
     """The low 16 bits of an int64 as a mask, bit i for lane i."""
     return _emit(mask16(types.int64), lambda b, args: b.bitcast(b.trunc(args[0], I16), ir.VectorType(I1, 16)))
 
 
-@intrinsic(prefer_literal=True)
-def qk_tile(typingctx: Any, mr: Any, half: Any, q: Any, q_stride: Any, k: Any, steps: Any, out: Any, ahead: Any) -> Any:
+def _qk_tile(typingctx: Any, mr: Any, half: Any, q: Any, q_stride: Any, k: Any, steps: Any, out: Any, ahead: Any) -> Any:
     """out[r, 0:32] = q[r] . k[:, 0:32] for mr rows (strides in bytes). ``steps`` is D/2 pairs if ``half`` (bf16), else D (f32).
 
     ``ahead`` is the address of the block to prefetch, line by line while this one is read.
@@ -165,10 +165,7 @@ def _pv_key(b: Builder, weight: Value, v: list[Value], regs: list[Value], total:
         b.store(b.select(seen, new, old) if masked else new, reg)
 
 
-@intrinsic(prefer_literal=True)
-def pv_tile(
-    typingctx: Any, mr: Any, nc: Any, half: Any, masked: Any, p: Any, v: Any, stride: Any, keys: Any, acc: Any, acc_stride: Any, sums: Any, ahead: Any
-) -> Any:
+def _pv_tile(typingctx, mr, nc, half, masked, p, v, stride, keys, acc, acc_stride, sums, ahead):  # type: ignore[no-untyped-def]
     """acc[r, :16 nc] += p[r, k] v[k, :16 nc] and sums[r] += p[r, k], ``keys`` keys in order; ``masked`` skips HIDDEN weights per row.
 
     ``stride`` (of v) and ``acc_stride`` are bytes; rows of p are 32 f32 apart; ``ahead`` has v's shape and is prefetched.
@@ -195,3 +192,12 @@ def pv_tile(
                 _store(b, b.load(regs[r][c]), base[r], 64 * c)
 
     return _emit(types.void(mr, nc, half, masked, *[types.int64] * 8), body)
+
+
+# A kernel read from disk may call memset; in a process that has compiled nothing, LLVM can resolve that only after numba's runtime is up.
+rtsys.initialize(registry.cpu_target.target_context)
+
+# Typed as Any: for a type checker the builders' first parameter, which callers do not pass, would be missing in every call.
+mask_of: Any = intrinsic(_mask_of)
+qk_tile: Any = intrinsic(prefer_literal=True)(_qk_tile)
+pv_tile: Any = intrinsic(prefer_literal=True)(_pv_tile)

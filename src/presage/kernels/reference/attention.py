@@ -30,7 +30,13 @@ def visible(
 
 
 def attend_span(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float = 0.0, sinks: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [t, Hq, D], k and v [n, Hkv, D], seen [t, n] -> [t, Hq * D] in q's type. A row that sees nothing gives zeros."""
     group = q.shape[1] // k.shape[1]

@@ -8,7 +8,9 @@ from presage.kernels.reference.kv_copy import scatter_kv
 from presage.kernels.reference.norm import rmsnorm
 
 
-def cos_sin_table(max_pos: int, rot_dim: int, base: float = 10000.0, inv_freq: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+def cos_sin_table(
+    max_pos: int, rot_dim: int, base: float = 10000.0, inv_freq: torch.Tensor | None = None, scale: float = 1.0
+) -> torch.Tensor:
     """f32 [max_pos, rot_dim]: rot_dim/2 cosines, then as many sines. ``inv_freq`` [rot_dim/2] replaces the usual base ** (-2i/rot_dim);
     ``scale`` multiplies both (YaRN's attention factor). Angles are made in float64: f32 loses digits beyond 2^16 positions."""
     if inv_freq is None:
@@ -43,7 +45,7 @@ def rope_write(
     interleaved: bool = False,
     dim: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Twin of the CPU kernel; also returns rotated q [t, Hq, D], rotated k and v [t, Hkv, D] before they are rounded to the cache's type."""
+    """Twin of the CPU kernel; also returns rotated q [t, Hq, D], rotated k and v [t, Hkv, D] before rounding to the cache's type."""
     kv_heads, dim = (0, dim) if v_cache is None else (v_cache.shape[1], v_cache.shape[3])
     heads = qkv.shape[1] // dim - 2 * kv_heads
     q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from presage.models.loading.checkpoint import Checkpoint, Progress
+    from presage.models.loading.locate import resolve
     from presage.models.loading.memory import available_memory, check_memory
     from presage.models.loading.opening import open_checkpoint
     from presage.models.loading.progress import stderr_progress
-    from presage.models.loading.locate import resolve
 
 __all__ = ["Checkpoint", "Progress", "available_memory", "check_memory", "open_checkpoint", "resolve", "stderr_progress"]
 _HOMES = {

@@ -54,7 +54,9 @@ class Checkpoint(ABC):
         tensor = self._read(name)
         if dtypes is not None and tensor.dtype not in dtypes:
             known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise CheckpointError(f"{self.path}: tensor {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected one of {known}")
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected one of {known}"
+            )
         return tensor
 
     def require(self, name: str) -> None:

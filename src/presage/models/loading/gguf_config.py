@@ -22,7 +22,7 @@ _LLAMA3_CANDIDATES = tuple((factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0, 16
 
 
 def gguf_config(meta: Meta, shapes: Mapping[str, tuple[int, ...]], rope_freqs: np.ndarray | None, where: str) -> dict[str, Any]:
-    """config.json as a dict. ``meta(key, default)`` reads metadata (``{arch}`` in the key is filled in), ``shapes`` are GGUF names -> shapes.
+    """config.json as a dict. ``meta(key, default)`` reads metadata (``{arch}`` in the key is filled in); ``shapes`` go by GGUF name.
 
     Raises UnsupportedModel for architectures we do not map and CheckpointError for missing metadata.
     """

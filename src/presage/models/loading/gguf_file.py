@@ -78,9 +78,17 @@ def open_gguf(path: Path) -> Any:
     """The package's reader over a private mapping. Raises CheckpointError for missing, truncated and foreign files."""
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """Each slice of a memmap pays for bookkeeping that a plain view of it does not need: a vocabulary reads twice as fast."""
+
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            if type(self.data) is not np.ndarray:
+                self.data: Any = np.asarray(self.data)
+            return super()._get(*args, **kwargs)
+
     try:
         # "c" maps copy-on-write: torch insists on writable memory, the file stays as it is.
-        return GGUFReader(path, "c")
+        return Reader(path, "c")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:

@@ -47,7 +47,7 @@ def hf_name(arch: str, name: str) -> str | None:
 def undo_layout(arch: str, name: str, tensor: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
     """Undo what the conversion to GGUF did to a tensor (``name`` is Hugging Face's).
 
-    Llama's q and k rows are stored in rotary pairs (2i, 2i + 1) and come back as halves (i, i + D/2); Gemma's norms are stored as 1 + weight.
+    Llama's q and k rows are stored in rotary pairs (2i, 2i + 1) and come back as halves (i, i + D/2); Gemma's norms hold 1 + weight.
     """
     if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
         n = heads if ".q_proj." in name else kv_heads

@@ -43,7 +43,9 @@ def _inside(folder: Path, need_config: bool = True) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise CheckpointError(f"{folder}: holds {len(found)} .gguf files and no config.json; name one of {', '.join(f.name for f in found)}")
+        raise CheckpointError(
+            f"{folder}: holds {len(found)} .gguf files and no config.json; name one of {', '.join(f.name for f in found)}"
+        )
     if need_config:
         raise CheckpointError(f"{folder}: config.json is missing")
     return folder

@@ -11,7 +11,9 @@ from typing import Any
 from presage.core.errors import UnsupportedModel
 
 Shape = tuple[int, ...]
-PLAIN = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2", "olmo3"})
+PLAIN = frozenset(
+    {"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2", "olmo3"}
+)
 SPARSE = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
 FUSED = frozenset({"phi3"})
 _TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text"})

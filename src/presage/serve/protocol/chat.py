@@ -83,7 +83,7 @@ class JsonSchemaSpec(Body):
 
     name: str
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -99,10 +99,9 @@ class ChatRequest(SamplingBody):
 
     model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = Field(None, max_length=256)
+    tools: list[Tool] | None = Field(default=None, max_length=256)
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -123,6 +122,18 @@ class ChatRequest(SamplingBody):
     prediction: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
     """Only text."""
+    functions: None = None
+    """Not supported (use tools); null is accepted because some clients send every field."""
+    function_call: None = None
+    """Not supported (use tool_choice)."""
+    audio: None = None
+    """Not supported."""
+    web_search_options: None = None
+    """Not supported."""
+    moderation: None = None
+    """Not supported."""
+    prompt_cache_options: None = None
+    """Not supported."""
 
 
 class TokenLogprob(Answer):

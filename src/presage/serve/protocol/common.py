@@ -39,11 +39,11 @@ class StreamOptions(Body):
 class SLO(Body):
     """What the request wants of time, in milliseconds after its arrival."""
 
-    ttft_ms: float | None = Field(None, gt=0, le=1e9)
+    ttft_ms: float | None = Field(default=None, gt=0, le=1e9)
     """First token."""
-    tpot_ms: float | None = Field(None, gt=0, le=1e9)
+    tpot_ms: float | None = Field(default=None, gt=0, le=1e9)
     """Each later token."""
-    e2e_ms: float | None = Field(None, gt=0, le=1e9)
+    e2e_ms: float | None = Field(default=None, gt=0, le=1e9)
     """Last token."""
 
 
@@ -59,7 +59,9 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """Newer name of max_tokens."""
     min_tokens: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -85,14 +87,14 @@ class SamplingBody(Body):
     """Tokens at most before the end-of-thinking marker."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)
+    priority: int | None = Field(default=None, ge=-(1 << 31), lt=1 << 31)
     """Lower runs first (with a scheduler that looks at it)."""
     slo: SLO | None = None
-    program_id: str | None = Field(None, max_length=256)
+    program_id: str | None = Field(default=None, max_length=256)
     """Id of the program (workflow) the request belongs to."""
-    stage: str | None = Field(None, max_length=256)
+    stage: str | None = Field(default=None, max_length=256)
     """Name of the program's stage."""
-    cache_salt: str | None = Field(None, max_length=1024)
+    cache_salt: str | None = Field(default=None, max_length=1024)
     """Requests share prefix-cache entries only with requests of the same salt."""
     draft: dict[str, Any] | None = None
     """Speculation for this request: method, num_speculative_tokens, ..."""

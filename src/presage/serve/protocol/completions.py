@@ -52,4 +52,4 @@ class CompletionResponse(Answer):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = Field(None)
+    usage: Usage | None = Field(default=None)

@@ -35,14 +35,14 @@ class EmbeddingRequest(Body):
     model: str | None = None
     input: str | list[int] | list[str] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: int | None = Field(default=None, ge=1)
     """Must equal the model's size: cutting an embedding that was not trained for it gives bad vectors."""
     pooling: Literal["mean", "last"] | None = None
     normalize: bool | None = None
     """Scale to length 1 (default)."""
     add_special_tokens: bool | None = None
-    priority: int | None = Field(None, ge=-(1 << 31), lt=1 << 31)
-    cache_salt: str | None = Field(None, max_length=1024)
+    priority: int | None = Field(default=None, ge=-(1 << 31), lt=1 << 31)
+    cache_salt: str | None = Field(default=None, max_length=1024)
     user: str | None = None
     """Accepted and unused."""
 
@@ -78,7 +78,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, max_length=4096)
+    messages: list[Message] | None = Field(default=None, max_length=4096)
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -126,5 +126,3 @@ class Version(Answer):
     """Version of the server."""
 
     version: str
-
-

@@ -21,7 +21,7 @@ from presage.serve.logprobs import chat_logprobs, prompt_logprobs
 from presage.serve.protocol.chat import ChatRequest, ChatResponse
 from presage.serve.reasoning import reasoning_parser
 from presage.serve.requests import check_prompt_ids, check_stream, engine_request, new_id, usage
-from presage.serve.sampling import output_room, sampling_of, structured_of
+from presage.serve.sampling import asked_tokens, output_room, sampling_of, structured_of
 from presage.serve.sse import EventStream, event, while_connected
 from presage.serve.tool_choice import ToolPlan, constraint_of, plan_tools
 
@@ -94,11 +94,9 @@ async def chat_completions(request: Request) -> Response:
 
 
 def _sampling(front: Front, body: ChatRequest, plan: ToolPlan, n_prompt: int) -> SamplingParams:
-    if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
-        raise RequestError("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = asked_tokens(body)
     if asked == 0:
         raise RequestError("max_tokens must be at least 1", param="max_tokens")
     fixed: dict[str, Any] = {

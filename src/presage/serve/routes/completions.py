@@ -19,7 +19,7 @@ from presage.serve.logprobs import CompletionLogprobs, prompt_logprobs
 from presage.serve.prompts import encode_prompts
 from presage.serve.protocol.completions import CompletionRequest, CompletionResponse
 from presage.serve.requests import check_stream, engine_request, new_id, usage
-from presage.serve.sampling import output_room, sampling_of, structured_of
+from presage.serve.sampling import asked_tokens, output_room, sampling_of, structured_of
 from presage.serve.sse import EventStream, event, while_connected
 from presage.serve.tool_choice import format_constraint
 
@@ -58,10 +58,12 @@ class Call:
         body, index = self.body, which * self.n + delta.branch
         if self.silent:
             delta = Delta(delta.branch, "", [], [], delta.finish and "length")
-        out: dict[str, Any] = {"index": index, "text": delta.text, "logprobs": None, "finish_reason": delta.finish or None, "stop_reason": delta.stop}
+        out: dict[str, Any] = {"index": index, "text": delta.text, "logprobs": None}
+        out.update(finish_reason=delta.finish or None, stop_reason=delta.stop)
         echo = bool(body.echo) and first
         if echo:
-            out["text"] = self.front.client.tokenizer.decode(self.prompts[which], skip_special_tokens=body.skip_special_tokens is not False) + delta.text
+            skip = body.skip_special_tokens is not False
+            out["text"] = self.front.client.tokenizer.decode(self.prompts[which], skip_special_tokens=skip) + delta.text
         if body.logprobs is not None:
             out["logprobs"] = self._logprobs(which, index, delta, echo)
         if body.return_token_ids:
@@ -73,8 +75,7 @@ class Call:
         found: list[TokenLogprobs | None] = list(delta.logprobs)
         ids = delta.ids[: len(found)]
         if echo:
-            ahead = self.generations[which].prompt_logprobs or [None] * len(self.prompts[which])
-            found, ids = [*ahead, *found], [*self.prompts[which], *ids]
+            found, ids = [*self.generations[which].prompt_logprobs, *found], [*self.prompts[which], *ids]
         if index not in self.blocks:
             self.blocks[index] = CompletionLogprobs(self.front.client.tokenizer, self.body.logprobs or 0)
         return self.blocks[index].block(found, ids)
@@ -97,7 +98,7 @@ async def completions(request: Request) -> Response:
     call = Call(front, body, model, prompts)
     structured = structured_of(body, lambda: format_constraint(body.response_format))
     for i, prompt in enumerate(prompts):
-        room = output_room(body.max_tokens or (1 if call.silent else None), DEFAULT_MAX_TOKENS, len(prompt), front.client.max_model_len)
+        room = output_room(1 if call.silent else asked_tokens(body), DEFAULT_MAX_TOKENS, len(prompt), front.client.max_model_len)
         fixed: dict[str, Any] = {"max_tokens": room, "logprobs": body.logprobs, "structured_outputs": structured}
         if body.echo and body.logprobs is not None:
             fixed["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)

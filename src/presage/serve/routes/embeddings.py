@@ -71,7 +71,8 @@ def _request(front: Front, body: EmbeddingRequest, name: str, model: str, prompt
 def _check_length(front: Front, prompt: list[int]) -> None:
     n, limit = len(prompt), front.client.max_model_len
     if n > limit:
-        raise ContextTooLong(f"the input has {n} tokens, but the model's context is {limit} tokens", param="input", n_prompt_tokens=n, n_ctx=limit)
+        message = f"the input has {n} tokens, but the model's context is {limit} tokens"
+        raise ContextTooLong(message, param="input", n_prompt_tokens=n, n_ctx=limit)
 
 
 async def _vectors(generations: list[Generation], body: EmbeddingRequest) -> list[np.ndarray]:
@@ -87,7 +88,8 @@ async def _vectors(generations: list[Generation], body: EmbeddingRequest) -> lis
 
 def _scaled(vector: np.ndarray, body: EmbeddingRequest) -> np.ndarray:
     if body.dimensions is not None and body.dimensions != len(vector):
-        raise RequestError(f"this model's embeddings have {len(vector)} dimensions and cannot be cut to {body.dimensions}", param="dimensions")
+        message = f"this model's embeddings have {len(vector)} dimensions and cannot be cut to {body.dimensions}"
+        raise RequestError(message, param="dimensions")
     length = float(np.linalg.norm(vector))
     return vector / np.float32(length) if body.normalize is not False and length > 0 else vector
 

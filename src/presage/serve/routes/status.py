@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
@@ -13,7 +15,7 @@ from presage.serve.front import Front, front_of
 from presage.serve.protocol.other import Load, Status, Version
 
 router = APIRouter(tags=["Operations"])
-_UNWELL = {503: {"model": Status, "description": "Not able to serve."}}
+_UNWELL: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not able to serve."}}
 
 
 @router.get("/health", responses={200: {"model": Status}, **_UNWELL})
@@ -41,7 +43,8 @@ async def load(request: Request) -> Response:
     front = front_of(request)
     stats = front.client.stats()
     running, waiting = int(stats.get("running", 0)), int(stats.get("waiting", 0))
-    return Response(encode({"server_load": front.live, "num_requests_running": running, "num_requests_waiting": waiting}), media_type="application/json")
+    busy = {"server_load": front.live, "num_requests_running": running, "num_requests_waiting": waiting}
+    return Response(encode(busy), media_type="application/json")
 
 
 @router.get("/version", responses={200: {"model": Version}})

@@ -40,11 +40,9 @@ async def _ids(front: Front, body: TokenizeRequest) -> list[int]:
         special, tokenizer = body.add_special_tokens is not False, front.client.tokenizer
         found: list[int] = await front.off_loop(len(prompt), lambda: tokenizer.encode(prompt, add_special_tokens=special))
         return found
-    generation = body.add_generation_prompt is not False
-    text_ids = await chat_prompt(
-        front, body.messages or [], body.tools, body.chat_template_kwargs, generation_prompt=generation, special=bool(body.add_special_tokens)
-    )
-    return text_ids[1]
+    generation, special = body.add_generation_prompt is not False, bool(body.add_special_tokens)
+    options = body.chat_template_kwargs
+    return (await chat_prompt(front, body.messages or [], body.tools, options, generation_prompt=generation, special=special))[1]
 
 
 @router.post(
