@@ -2,8 +2,8 @@
 
     python benchmarks/linear.py [--threads 2] [--n 8192 --k 2048] [--copies 16] [--rows 1,8,16,64,512] [--format bf16]
 
-Several copies of the weight are used in turn, so that each call streams from memory. Everything is measured in turns within
-the same minute; the machine may be shared, so read ratios. The last column is the time of a call over that of one row.
+Several copies of the weight are used in turn, so that each call streams from memory. Everything is measured within the same
+minute; the machine may be shared, so read ratios (or use --threads 1 --cpu-time). The last column: time over that of one row.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from presage.kernels.cpu.team import Team  # noqa: E402
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
-def best_of(call: Callable[[], object], rounds: int) -> float:
+def best_of(call: Callable[[], object], rounds: int, clock: Callable[[], float]) -> float:
     """Shortest time of a call in seconds: the disturbances of a shared machine only ever add."""
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
-def read_bandwidth(threads: int, rounds: int) -> float:
+def read_bandwidth(threads: int, rounds: int, clock: Callable[[], float]) -> float:
     """Bytes per second of a parallel sum over memory much larger than the caches."""
     buffer = torch.ones(128 << 20, dtype=torch.float32)
     torch.set_num_threads(threads)
-    seconds = best_of(buffer.sum, rounds)
+    seconds = best_of(buffer.sum, rounds, clock)
     torch.set_num_threads(1)
     return buffer.nbytes / seconds
 
@@ -75,12 +75,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 8, 16, 64, 512])
     parser.add_argument("--format", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--no-onednn", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time instead of wall time; only with one thread")
     return parser.parse_args()
 
 
 def main() -> None:
     """Print one line per number of rows."""
     options = arguments()
+    clock = time.thread_time if options.cpu_time and options.threads == 1 else time.perf_counter
     torch.manual_seed(0)
     torch.set_num_threads(1)
     team, dtype = Team(options.threads), DTYPES[options.format]
@@ -90,7 +92,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     nbytes, operations = sum(p.nbytes for p in packs), 2 * options.n * options.k * options.copies
     print(f"{packs[0]!r} x {options.copies}, {options.threads} threads; packed at {nbytes / seconds / 1e9:.1f} GB/s")
-    print(f"plain read {read_bandwidth(options.threads, options.rounds) / 1e9:.1f} GB/s")
+    print(f"plain read {read_bandwidth(options.threads, options.rounds, clock) / 1e9:.1f} GB/s")
     single = 0.0
     for rows in options.rows:
         x, out = torch.randn(rows, options.k).to(dtype), torch.empty(rows, options.n)
@@ -100,13 +102,13 @@ def main() -> None:
             runs["oneDNN"] = onednn(weights, x, options.threads)
         for name, run in runs.items():
             run()
-            took = best_of(run, rounds)
+            took = best_of(run, rounds, clock)
             single = single or took
             print(
                 f"{rows:4d} rows {name:7s} {took / options.copies * 1e3:8.3f} ms  {nbytes / took / 1e9:6.1f} GB/s"
                 f"  {operations * rows / took / 1e9:7.1f} GFLOP/s  {took / single:5.2f}x"
             )
-    print(f"plain read {read_bandwidth(options.threads, options.rounds) / 1e9:.1f} GB/s")
+    print(f"plain read {read_bandwidth(options.threads, options.rounds, clock) / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,12 @@ from tests.pure.loops import Bench
 def measure(requests: int, ahead: bool, turns: int = 400, log: object = None) -> float:
     """Median microseconds per turn while ``requests`` requests decode."""
     bench = Bench(
-        blocks=requests * 24 + 64, max_num_seqs=requests, max_num_batched_tokens=max(512, 2 * requests), async_scheduling=ahead, max_len=700, log=log
+        blocks=requests * 24 + 64,
+        max_num_seqs=requests,
+        max_num_batched_tokens=max(512, 2 * requests),
+        async_scheduling=ahead,
+        max_len=700,
+        log=log,
     )
     bench.executor.manual = True
     for i in range(requests):
@@ -48,7 +53,10 @@ def main() -> None:
     for n in (1, 64, 256):
         row = {"requests": n, "sync_us": measure(n, False), "ahead_us": measure(n, True), "budget_us": 120 + 0.6 * n}
         rows.append(row)
-        print(f"{n:4d} requests   sync {row['sync_us']:7.1f} us   ahead {row['ahead_us']:7.1f} us   budget {row['budget_us']:6.1f} us", flush=True)
+        print(
+            f"{n:4d} requests   sync {row['sync_us']:7.1f} us   ahead {row['ahead_us']:7.1f} us   budget {row['budget_us']:6.1f} us",
+            flush=True,
+        )
     print(json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}))
 
 

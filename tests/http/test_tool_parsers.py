@@ -78,6 +78,7 @@ CASES: list[tuple[str, str, Result]] = [
     ),
     ("mistral", 'Well [TOOL_CALLS][{"name": "f", "arguments": {"s": "]"}}]', ("Well", [("f", '{"s": "]"}')])),
     ("mistral", '[TOOL_CALLS]add{"a": {"b": 1}}[TOOL_CALLS]f[ARGS]{}', ("", [("add", '{"a": {"b": 1}}'), ("f", "{}")])),
+    ("mistral", '[TOOL_CALLS]add[CALL_ID]abc123DEF[ARGS]{"a": 1}', ("", [("add", '{"a": 1}')])),
     ("mistral", "[TOOL_CALLS", ("[TOOL_CALLS", [])),
     ("mistral", "[TOOL_CALLS] hm, no", ("[TOOL_CALLS]hm, no", [])),
     ("pythonic", "[get_weather(city='Bonn', days=3), f()]", ("", [("get_weather", '{"city": "Bonn", "days": 3}'), ("f", "{}")])),

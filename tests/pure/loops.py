@@ -23,19 +23,47 @@ from presage.schedule import make_scheduler
 class Bench:
     """A loop, its executor and everything it emitted."""
 
-    def __init__(self, blocks: int = 64, windows: tuple[int, ...] = (0,), max_len: int = 512, eos: tuple[int, ...] = (2,), log: Any = None,
-                 executor: Any = None, content: Any = None, scheduler: Any = None, drafter: Any = None, length: Any = None, max_drafts: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        blocks: int = 64,
+        windows: tuple[int, ...] = (0,),
+        max_len: int = 512,
+        eos: tuple[int, ...] = (2,),
+        log: Any = None,
+        executor: Any = None,
+        content: Any = None,
+        scheduler: Any = None,
+        drafter: Any = None,
+        length: Any = None,
+        max_drafts: int = 0,
+        **settings: Any,
+    ) -> None:
         self.config = EngineConfig.of(**settings)
         geometry = null_geometry(blocks, windows=windows)
         self.executor = executor or NullExecutor(geometry)
         table, requests = Table(8), dict[int, Request]()
         self.emissions: list[Emission] = []
-        self.kv = BlockManager(geometry, max_len=max_len + 64, prefix_caching=self.config.cache.enable_prefix_caching, content=content, max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens)
+        self.kv = BlockManager(
+            geometry,
+            max_len=max_len + 64,
+            prefix_caching=self.config.cache.enable_prefix_caching,
+            content=content,
+            max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens,
+        )
         config = loop_config(self.config, max_len)
         config.max_drafts = max_drafts
         self.loop = Loop(
-            config, self.executor, [self.kv], scheduler or make_scheduler(self.config.scheduler), Cutter(table, requests, list(eos)),
-            Emitter(table, requests, self.emissions.extend), table=table, requests=requests, log=log, drafter=drafter, length=length,
+            config,
+            self.executor,
+            [self.kv],
+            scheduler or make_scheduler(self.config.scheduler),
+            Cutter(table, requests, list(eos)),
+            Emitter(table, requests, self.emissions.extend),
+            table=table,
+            requests=requests,
+            log=log,
+            drafter=drafter,
+            length=length,
         )
         self.now = 0.0
 

@@ -112,16 +112,23 @@ def test_everything_ends_once(seed: int, blocks: int, windows: tuple[int, ...], 
     rng = np.random.default_rng(seed)
     kw: dict[str, Any] = {"drafter": NoisyDrafter(), "length": AllIn(), "max_drafts": 64} if drafts else {}
     b = Bench(
-        blocks, executor=NullExecutor(null_geometry(blocks, windows=windows), rule=rule, manual=True), windows=windows, max_len=300,
-        max_num_batched_tokens=int(rng.integers(8, 80)), max_num_seqs=int(rng.integers(1, 6)), async_scheduling=ahead, scheduling_policy=policy, **kw,
+        blocks,
+        executor=NullExecutor(null_geometry(blocks, windows=windows), rule=rule, manual=True),
+        windows=windows,
+        max_len=300,
+        max_num_batched_tokens=int(rng.integers(8, 80)),
+        max_num_seqs=int(rng.choice([1, 3, 5, 24])),
+        async_scheduling=ahead,
+        scheduling_policy=policy,
+        **kw,
     )
     b.kv = b.loop.kv
     want: dict[str, tuple[int, int, int]] = {}
     aborted: set[str] = set()
     for turn in range(60):
-        if rng.random() < 0.3 and len(want) < 14:
+        for k in range(int(rng.choice([0, 0, 1, 12], p=[0.3, 0.4, 0.26, 0.04])) if len(want) < 30 else 0):
             prompt, tokens, n = int(rng.integers(1, 200)), int(rng.integers(1, 40)), int(rng.choice([1, 1, 3]))
-            want[name := f"r{turn}"] = (prompt, tokens, n)
+            want[name := f"r{turn}-{k}"] = (prompt, tokens, n)
             b.add(name, prompt, max_tokens=tokens, n=n, priority=int(rng.integers(0, 3)))
         if want and rng.random() < 0.08:
             aborted.add(name := str(rng.choice(sorted(want))))
@@ -143,7 +150,7 @@ def test_everything_ends_once(seed: int, blocks: int, windows: tuple[int, ...], 
         for branch, why in b.finishes(name):
             out = b.output(name, branch)
             assert out == expected(prompt, tokens)[: len(out)]
-            assert why == "length" and len(out) == min(tokens, 300 - prompt) or name in aborted
+            assert (why == "length" and len(out) == min(tokens, 300 - prompt)) or name in aborted
 
 
 def test_faults_end_their_requests_only() -> None:

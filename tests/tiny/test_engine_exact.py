@@ -55,9 +55,7 @@ def test_greedy_equals_transformers(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["layered", "priority"])
 def test_policies_do_not_change_tokens(policy: str) -> None:
     prompts = [list(range(20 + i, 20 + i + n)) for i, n in enumerate((5, 150, 90, 200, 40))]
-    plain, other = (
-        LLM("presage-tiny", kv_cache_memory="16MiB", max_num_batched_tokens=128, scheduling_policy=p) for p in ("fcfs", policy)
-    )
+    plain, other = (LLM("presage-tiny", kv_cache_memory="16MiB", max_num_batched_tokens=128, scheduling_policy=p) for p in ("fcfs", policy))
     assert outputs(plain, prompts) == outputs(other, prompts)
     plain.close()
     other.close()
@@ -65,7 +63,9 @@ def test_policies_do_not_change_tokens(policy: str) -> None:
 
 def test_sampled_tokens_do_not_depend_on_the_batch() -> None:
     llm = LLM("presage-tiny", kv_cache_memory="16MiB", max_num_batched_tokens=64, max_num_seqs=6)
-    params = [SamplingParams(temperature=0.9, top_p=0.9, top_k=50, seed=i, max_tokens=30, repetition_penalty=1.1, presence_penalty=0.2) for i in range(5)]
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.9, top_k=50, seed=i, max_tokens=30, repetition_penalty=1.1, presence_penalty=0.2) for i in range(5)
+    ]
     prompts = ["def main():", "Once upon a time", "SELECT name FROM", "import numpy as np\n", "The"]
     together = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
     alone = [llm.generate(p, s)[0].outputs[0].token_ids for p, s in zip(prompts, params)]

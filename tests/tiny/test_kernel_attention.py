@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,15 @@ from presage.kernels.reference.kv_copy import scatter_kv
 
 BF16, F32 = torch.bfloat16, torch.float32
 TEAMS = {n: Team(n) for n in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Small torch operators wait longer for each other's threads than they compute, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def i32(values: Any) -> torch.Tensor:
@@ -148,7 +158,7 @@ def test_bf16_queries_and_outputs() -> None:
 @given(st.integers(0, 70), st.data(), st.sampled_from([BF16, F32]), st.sampled_from([0, 5, 40]))
 def test_trees_equal_brute_force(prefix: int, data: st.DataObject, dtype: torch.dtype, window: int) -> None:
     """A tree row sees the prefix (as far as its window reaches) and exactly its ancestors; trees may be larger than one word."""
-    size = data.draw(st.sampled_from([1, 6, 40, 100]))
+    size = data.draw(st.sampled_from([1, 6, 30, 80]))
     parents = [data.draw(st.integers(-1, i - 1)) for i in range(size)]
     span, paths = make_tree(prefix, parents, 4, 2, 32, 1)
     world = World([span, make_span(45, 3, 4, 2, 32, 2)], dtype, window, words=2)

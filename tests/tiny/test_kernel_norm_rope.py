@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,15 @@ from presage.kernels.reference import rope as rope_twin
 
 BF16, F32 = torch.bfloat16, torch.float32
 TEAM, SOLO = Team(2), Team(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Small torch operators wait longer for each other's threads than they compute, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

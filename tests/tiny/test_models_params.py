@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from presage.core.errors import UnsupportedModel
+from presage.core.errors import CheckpointError, UnsupportedModel
 from presage.layers.kv.geometry import kv_groups
 from presage.models.params import parse
 from tests.shared import shared_data
@@ -38,6 +38,13 @@ def test_sizes_of_published_models(name: str) -> None:
 def test_an_architecture_that_is_not_there_is_refused() -> None:
     config = json.loads(shared_data("model_configs/deepseek-ai--DeepSeek-V3_config.json").read_text())
     with pytest.raises(UnsupportedModel, match=r"deepseek_v3.*llama"):
+        parse(config)
+
+
+def test_a_missing_key_is_named() -> None:
+    config = small_config("llama").to_dict()
+    del config["hidden_size"]
+    with pytest.raises(CheckpointError, match=r"llama.*hidden_size"):
         parse(config)
 
 

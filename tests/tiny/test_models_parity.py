@@ -21,8 +21,11 @@ def prompt(seed: int = 1, length: int = LENGTH) -> list[int]:
     return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
-@pytest.mark.parametrize("case", CASES)
+TWINS = ("qwen3_moe", "gemma2", "olmo2", "gpt2")
+"""Cases that between them use every operation; the others differ in parameters only."""
+
+
+@pytest.mark.parametrize(("case", "kernels"), [(c, "cpu") for c in CASES] + [(c, "reference") for c in TWINS])
 def test_float32_logits_equal_transformers(case: str, kernels: str, tmp_path: Path) -> None:
     reference, model = tiny(case, tmp_path, kernels=kernels)
     ids = prompt()
@@ -96,7 +99,7 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     ops = build_ops("reference", torch.float32, 1)
 
     class Broken:
-        config = checkpoint.config
+        config = dict(checkpoint.config)
         swap: dict[str, torch.Tensor | None] = {}
 
         def names(self) -> list[str]:
@@ -112,6 +115,12 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
         build_model(broken, torch.float32, ops)
     broken.swap = {"model.layers.0.self_attn.o_proj.weight": torch.zeros(64, 60)}
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.o_proj\.weight.*\[64, 60\]"):
+        build_model(broken, torch.float32, ops)
+    broken.swap = {"lm_head.weight": None}
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        build_model(broken, torch.float32, ops)
+    broken.config["quantization_config"] = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedModel, match="gptq"):
         build_model(broken, torch.float32, ops)
 
 

@@ -87,7 +87,7 @@ def naive(x: np.ndarray, p: SamplingParams, prompt: list[int], out: list[int], e
     for word in p.bad_words_ids or []:
         if len(word) == 1 or (len(out) >= len(word) - 1 and out[len(out) - len(word) + 1 :] == word[:-1]):
             z[word[-1]] = -np.inf
-    if len(out) < p.min_tokens:
+    if len(out) < p.min_tokens and allowed is None:  # a grammar's mask already knows min_tokens
         z[[*eos, *(p.stop_token_ids or [])]] = -np.inf
     for t, b in (p.logit_bias or {}).items():
         z[t] += b

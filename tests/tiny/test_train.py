@@ -15,12 +15,13 @@ import transformers
 from presage.bundled import bundled_path
 from presage.core.errors import CheckpointError, ConfigError
 from presage.tokenize import Tokenizer
+from presage.train.__main__ import main
 from presage.train.data import Corpus, open_corpus, prepare
 from presage.train.loop import Trainer, schedule
 from presage.train.model import Llama, config_json, export, load_weights
 from presage.train.optim import orthogonalise
 from presage.train.recipe import DRAFT, TINY, Recipe, Shape
-from presage.train.sources import chatml, conversation
+from presage.train.sources import chatml, conversation, documents
 from tests.shared import shared_data
 
 MICRO = Recipe(
@@ -151,8 +152,27 @@ def test_corpus_is_reproducible_and_documented(corpus: tuple[Corpus, Path]) -> N
 def test_missing_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.txt"):
         prepare(MICRO, tmp_path, tmp_path / "out")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ConfigError, match=r"c\.jsonl\.gz is missing"):
+        prepare(MICRO, tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match="no_such_package_here"):
         prepare(replace(MICRO, packages=("no_such_package_here",)), tmp_path, tmp_path / "out")
+
+
+def test_command_line_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "draft", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--without-packages"]) == 1
+    assert capsys.readouterr().err == f"error: training text {tmp_path / TINY.texts[0]} is missing\n"
+
+
+def test_python_sources_leave_tests_out(tmp_path: Path) -> None:
+    """The standard library's own test suite is a third of it and no example of anything."""
+    names = [d.name for d in documents(replace(MICRO, packages=("pydantic",), texts=(), conversations=()), tmp_path)]
+    assert "pydantic/main.py" in names
+    assert all(n.startswith("pydantic/") for n in names)
+    found = (d.name for d in documents(replace(MICRO, python=True, texts=(), conversations=()), tmp_path))
+    first = [next(found) for _ in range(60)]
+    assert "stdlib/argparse.py" in first
+    assert not [n for n in first if "/test/" in n or "/tests/" in n]
 
 
 def test_schedule_and_orthogonalisation() -> None:

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from presage.core.errors import ConfigError
 
-
 G = TypeVar("G", bound="Group")
 
 
@@ -145,7 +144,7 @@ def field_groups(cls: type[Group]) -> dict[str, str]:
     for group, info in cls.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, Group):
-            out.update({name: group for name in kind.model_fields})
+            out.update(dict.fromkeys(kind.model_fields, group))
     return out
 
 

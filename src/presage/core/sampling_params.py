@@ -47,7 +47,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     ``temperature`` 0 is greedy. ``top_k`` 0 or -1 and ``top_p`` 1 and ``min_p`` 0 are off. ``seed`` None means the engine picks one per request.
     ``n`` independent continuations share the prompt's KV. ``logprobs`` k returns the k most likely tokens beside the chosen one;
     ``prompt_logprobs`` does so for the prompt. ``allowed_token_ids`` and ``bad_words`` restrict the support; ``min_tokens`` suppresses stops.
-    ``stop`` strings end the text before them unless ``include_stop_str_in_output``. ``thinking_budget`` caps tokens before the end-of-thinking marker.
+    ``stop`` strings end the text before them unless ``include_stop_str_in_output``. ``thinking_budget`` caps tokens
+    before the end-of-thinking marker.
     Errors: RequestError naming the field.
     """
 

@@ -78,7 +78,8 @@ class Table:
     (``limit_at``); ``end`` is the ``known`` at which the request ends by length whatever ``limit`` says.
     ``computed[slot, lane]`` = tokens with committed KV in all layers, at most known - 1 for a generating lead lane.
     ``fronts[slot]`` = open rectangles above computed: [(token end, layers done)], ends increasing, layers decreasing.
-    ``pending`` = upper bound of ids that steps in flight will add, ``flying`` = tokens those steps compute. ``flags``: Flag bits. ``last`` = last known id. ``row`` = row of the id arena, -1 if queued.
+    ``pending`` = upper bound of ids that steps in flight will add, ``flying`` = tokens those steps compute. ``flags``: Flag bits.
+    ``last`` = last known id. ``row`` = row of the id arena, -1 if queued.
     ``epoch`` rises when the occupant changes or results in flight become void. ``seq`` is the arrival order, the tie breaker everywhere.
     """
 
@@ -184,5 +185,3 @@ class Arena:
     def give(self, row: int) -> None:
         """Return a row."""
         self._free.append(row)
-
-

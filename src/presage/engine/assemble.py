@@ -48,7 +48,12 @@ class Assembler:
             out.finish_reason, out.stop_reason = e.finish, e.stop if e.finish == "stop" else None
             self.left -= 1
             self.output.num_cached_tokens = max(self.output.num_cached_tokens, e.n_cached)
-            self.output.metrics = {"arrival_time": e.times[0], "first_scheduled_time": e.times[1], "first_token_time": e.times[2], "preemptions": e.preemptions}
+            self.output.metrics = {
+                "arrival_time": e.times[0],
+                "first_scheduled_time": e.times[1],
+                "first_token_time": e.times[2],
+                "preemptions": e.preemptions,
+            }
             self.output.finished = self.done
         return out
 
@@ -57,11 +62,16 @@ class Assembler:
         last = bool(e.finish)
         if last and e.finish == "stop" and isinstance(e.stop, int) and ids and not self.params.include_stop_str_in_output:
             ids = ids[:-1]  # the stop id itself is not text
-        delta = detokenizer.push(ids) + (detokenizer.finish() if last else "")
         if stops is None:
-            return delta
-        shown, hit = stops.push(delta)
-        return shown + (stops.flush() if last and hit is None else "")
+            return detokenizer.push(ids) + (detokenizer.finish() if last else "")
+        shown = ""
+        have = len(self.output.outputs[e.branch].token_ids) - len(ids)
+        for k, token in enumerate(ids, have + 1):
+            # The loop arms stop strings after min_tokens, id by id; so must the text.
+            shown += stops.push(detokenizer.push([token]), k > self.params.min_tokens)[0]
+        if last and stops.hit is None:
+            shown += stops.push(detokenizer.finish())[0] + stops.flush()
+        return shown
 
     def _entry(self, p: TokenLogprobs) -> dict[int, Logprob]:
         entry = {p.id: Logprob(p.logprob, p.rank, self.tokenizer.decode([p.id], skip_special_tokens=False))}

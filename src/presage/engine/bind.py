@@ -22,7 +22,22 @@ def bind(step: int, lane: int, table: Table, arena: Arena, kv: KVCache, grants: 
     nodes = draft.offset[1:] - draft.offset[:-1]
     start, rows, want = np.empty(n, np.int32), np.empty(n + 1, np.int32), np.empty(n, np.uint8)
     total = bind_spans(
-        slot, count, nodes, grants.start, grants.layer1, layers, t.computed, lane, t.lead, t.kind, t.flags, t.known, t.prompt, start, want, rows
+        slot,
+        count,
+        nodes,
+        grants.start,
+        grants.layer1,
+        layers,
+        t.computed,
+        lane,
+        t.lead,
+        t.kind,
+        t.flags,
+        t.known,
+        t.prompt,
+        start,
+        want,
+        rows,
     )
     ids, position, index = np.empty(total, np.int32), np.empty(total, np.int32), np.empty(total, np.int32)
     bind_rows(slot, start, count, nodes, draft.depth, draft.offset, t.row, arena.ids, draft.token, ids, position, index, rows)

@@ -24,6 +24,7 @@ from presage.engine.log import DecisionLog, NamedContent, NullLog
 from presage.engine.loop import Loop
 from presage.engine.replay import log_header, loop_config
 from presage.engine.stats import Stats
+from presage.engine.warm import warm_up
 from presage.schedule import make_scheduler
 
 
@@ -78,8 +79,8 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
 
     from presage.execute.executor import TorchExecutor
     from presage.execute.sampling.sampler import Sampler
-    from presage.tokenize.tokenizer import Tokenizer
     from presage.tokenize.stop_strings import StopStrings
+    from presage.tokenize.tokenizer import Tokenizer
 
     torch.set_num_threads(1)  # the kernels' team owns the cores; a torch operator must not open a second one
     checkpoint, model, dtype = _load(config, progress)
@@ -92,8 +93,13 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     table, requests = Table(), dict[int, Request]()
     log = _log(config, geometry, executor.layers, eos, max_len)
     content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
-    kv = BlockManager(geometry, max_len=max_len + 1, prefix_caching=config.cache.enable_prefix_caching, content=content,
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens)
+    kv = BlockManager(
+        geometry,
+        max_len=max_len + 1,
+        prefix_caching=config.cache.enable_prefix_caching,
+        content=content,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+    )
     grammar = grammars(tokenizer, model.vocab_size, eos, config.structured_outputs.compile_timeout)
     loop = Loop(
         loop_config(config, max_len),
@@ -117,7 +123,9 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
         num_blocks=geometry.num_blocks,
         kv_bytes=_kv_bytes(geometry),
     )
-    return Engine(config, loop, WallDriver(loop, clock), executor, info, grammar, Stats(loop))
+    driver = WallDriver(loop, clock)
+    warm_up(driver, model.vocab_size, max_len, progress)
+    return Engine(config, loop, driver, executor, info, grammar, Stats(loop))
 
 
 def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
@@ -141,7 +149,13 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
     if not progress:
         return checkpoint, build_model(checkpoint, getattr(torch, dtype), ops, None, m.max_model_len), dtype
     with stderr_progress("loading") as report:
-        model = build_model(checkpoint, getattr(torch, dtype), ops, lambda done, of: report(checkpoint.nbytes * done // of, checkpoint.nbytes), m.max_model_len)
+        model = build_model(
+            checkpoint,
+            getattr(torch, dtype),
+            ops,
+            lambda done, of: report(checkpoint.nbytes * done // of, checkpoint.nbytes),
+            m.max_model_len,
+        )
     return checkpoint, model, dtype
 
 
@@ -162,7 +176,11 @@ def _geometry(config: EngineConfig, model: Any, max_len: int) -> KVGeometry:
     groups, s = model.kv_groups(config.cache.block_size), config.scheduler
     if config.cache.num_gpu_blocks_override is not None:
         return KVGeometry(groups=groups, num_blocks=(config.cache.num_gpu_blocks_override,) * len(groups))
-    room = parse_bytes(config.cache.kv_cache_memory) if config.cache.kv_cache_memory is not None else int(available_memory() * config.cache.memory_utilization)
+    room = (
+        parse_bytes(config.cache.kv_cache_memory)
+        if config.cache.kv_cache_memory is not None
+        else int(available_memory() * config.cache.memory_utilization)
+    )
     if config.cache.kv_cache_memory is None:
         # More than every seat at full length can never be used.
         room = min(room, sum(g.block_bytes * (g.blocks(max_len) * s.max_num_seqs + 1) for g in groups))

@@ -12,7 +12,6 @@ from presage.core.table import Table
 from presage.core.types import Finish, Flag, Ints
 from presage.engine.kernels import cut_ids
 
-
 _STOP = int(Finish.STOP)
 
 

@@ -2,4 +2,17 @@
 
 from __future__ import annotations
 
-NAMES = ("rows", "spans", "decode_rows", "prompt_rows", "draft_rows", "logit_rows", "kv_tokens", "row_context", "layers", "adapters", "moved", "side")
+NAMES = (
+    "rows",
+    "spans",
+    "decode_rows",
+    "prompt_rows",
+    "draft_rows",
+    "logit_rows",
+    "kv_tokens",
+    "row_context",
+    "layers",
+    "adapters",
+    "moved",
+    "side",
+)

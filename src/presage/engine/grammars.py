@@ -124,7 +124,7 @@ class MaskerSlots:
         self.room = room
         self.open, self.advance, self.rewind, self.fork, self.save = room.open, room.advance, room.rewind, room.fork, room.save
         self.load, self.close = room.load_state, room.close_slot
-        self.prune, self.late, self.terminated = room.prune, room.late, room.terminated
+        self.prune, self.late, self.terminated, self.cancel = room.prune, room.late, room.terminated, room.cancel
 
 
 def grammars(tokenizer: Any, vocab_size: int, eos: list[int], timeout: float) -> Grammars:

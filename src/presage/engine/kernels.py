@@ -3,6 +3,7 @@
 Numpy spends a microsecond per operation whatever the batch; a turn of a hundred operations would cost more than a tiny model's step.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import numpy as np
@@ -22,7 +23,7 @@ SPECIAL, RECTANGLE, NODES, ENDED, REACHED, DEAD = 1, 2, 4, 8, 16, 32
 
 
 @njit(cache=True, nogil=True)
-def project(state, lead, kind, inflight, known, limit, pending, flying, hit, computed_all, ahead, running, known_v, computed_v, gap):  # type: ignore[no-untyped-def]
+def project(state, lead, kind, inflight, known, limit, pending, flying, hit, computed_all, ahead, running, known_v, computed_v, gap):
     """Fill the view's ``known``, ``computed`` and ``gap`` [C]; returns how many of ``running`` are busy."""
     for c in range(len(state)):
         k = known[c] + pending[c]
@@ -42,7 +43,7 @@ def project(state, lead, kind, inflight, known, limit, pending, flying, hit, com
 
 
 @njit(cache=True, nogil=True)
-def check_plain(slot, tokens, draft, start, lane, layer0, layer1, layers, ask, gap, lead, ready, queue, capacity, budget):  # type: ignore[no-untyped-def]
+def check_plain(slot, tokens, draft, start, lane, layer0, layer1, layers, ask, gap, lead, ready, queue, capacity, budget):
     """0 if the grants are legal so far as one pass can tell, else a reason number; -1 asks for the staircase check too."""
     allowed = np.zeros(capacity, np.uint8)
     for c in ready:
@@ -70,7 +71,7 @@ def check_plain(slot, tokens, draft, start, lane, layer0, layer1, layers, ask, g
 
 
 @njit(cache=True, nogil=True)
-def bind_spans(slot, tokens, nodes, g_start, layer1, layers, computed_all, lane, lead, kind, flags, known, prompt, start, want, rows):  # type: ignore[no-untyped-def]
+def bind_spans(slot, tokens, nodes, g_start, layer1, layers, computed_all, lane, lead, kind, flags, known, prompt, start, want, rows):
     """Starts, want bits and row offsets of the spans; returns the number of rows."""
     at = 0
     rows[0] = 0
@@ -96,7 +97,7 @@ def bind_spans(slot, tokens, nodes, g_start, layer1, layers, computed_all, lane,
 
 
 @njit(cache=True, nogil=True)
-def bind_rows(slot, start, count, nodes, depth, node_off, row_of, arena, node_token, ids, position, index, rows):  # type: ignore[no-untyped-def]
+def bind_rows(slot, start, count, nodes, depth, node_off, row_of, arena, node_token, ids, position, index, rows):
     """Fill per-row ids, positions and table indices from per-span grants."""
     for s in range(len(slot)):
         r = rows[s]
@@ -116,7 +117,7 @@ def bind_rows(slot, start, count, nodes, depth, node_off, row_of, arena, node_to
 
 
 @njit(cache=True, nogil=True)
-def table_size(start, count, nodes, block, indptr):  # type: ignore[no-untyped-def]
+def table_size(start, count, nodes, block, indptr):
     """Offsets of the spans' block lists; returns their total length."""
     indptr[0] = 0
     for s in range(len(start)):
@@ -125,7 +126,7 @@ def table_size(start, count, nodes, block, indptr):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def bind_table(slot, rows, index, table, block, indptr, blocks, slots):  # type: ignore[no-untyped-def]
+def bind_table(slot, rows, index, table, block, indptr, blocks, slots):
     """Fill one KV group's block lists and the slot each row writes."""
     for s in range(len(slot)):
         for b in range(indptr[s + 1] - indptr[s]):
@@ -136,7 +137,7 @@ def bind_table(slot, rows, index, table, block, indptr, blocks, slots):  # type:
 
 
 @njit(cache=True, nogil=True)
-def bind_tree(count, nodes, node_off, parent, rows, bits):  # type: ignore[no-untyped-def]
+def bind_tree(count, nodes, node_off, parent, rows, bits):
     """Ancestor bits (own bit set) of every draft row over its span's nodes; rows of known tokens keep zero."""
     for s in range(len(count)):
         r = rows[s] + count[s]
@@ -149,7 +150,7 @@ def bind_tree(count, nodes, node_off, parent, rows, bits):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True)
-def mark(slot, start, count, nodes, layer0, layer1, layers, want, inflight, pending, flying, f):  # type: ignore[no-untyped-def]
+def mark(slot, start, count, nodes, layer0, layer1, layers, want, inflight, pending, flying, f):
     """Mark the spans in flight and fill the step's features [12] (see ``features.NAMES``)."""
     share = 0.0
     for s in range(len(slot)):
@@ -175,7 +176,7 @@ def mark(slot, start, count, nodes, layer0, layer1, layers, want, inflight, pend
 
 
 @njit(cache=True, nogil=True)
-def unmark(slot, count, nodes, layer1, layers, want, epoch_then, inflight, pending, flying, epoch, state, live):  # type: ignore[no-untyped-def]
+def unmark(slot, count, nodes, layer1, layers, want, epoch_then, inflight, pending, flying, epoch, state, live):
     """Undo ``mark`` and tell which spans still belong to the request they were made for."""
     bits = 0
     for s in range(len(slot)):
@@ -192,7 +193,7 @@ def unmark(slot, count, nodes, layer1, layers, want, epoch_then, inflight, pendi
 
 
 @njit(cache=True, nogil=True)
-def cut_ids(slot, off, ids, live, eos, flags, known, prompt, min_tokens, end, keep_off, finish):  # type: ignore[no-untyped-def]
+def cut_ids(slot, off, ids, live, eos, flags, known, prompt, min_tokens, end, keep_off, finish):
     """Offsets of the ids each span keeps and why it ends: eos (unless ignored or below ``min_tokens``), the length ``end``.
 
     Returns 1 if a span has stops that only Python can check.
@@ -225,7 +226,31 @@ def cut_ids(slot, off, ids, live, eos, flags, known, prompt, min_tokens, end, ke
 
 
 @njit(cache=True, nogil=True)
-def commit(slot, start, count, nodes, layer0, layer1, layers, want, path_off, off, ids, finish, live, row_of, arena, known, out, last, computed, kind, limit, flags, done):  # type: ignore[no-untyped-def]
+def commit(
+    slot,
+    start,
+    count,
+    nodes,
+    layer0,
+    layer1,
+    layers,
+    want,
+    path_off,
+    off,
+    ids,
+    finish,
+    live,
+    row_of,
+    arena,
+    known,
+    out,
+    last,
+    computed,
+    kind,
+    limit,
+    flags,
+    done,
+):
     """Append ids and advance ``computed``; ``done`` [S] gets each slot's committed tokens. Returns what is left to do as bits."""
     bits = 0
     for s in range(len(slot)):

@@ -44,7 +44,10 @@ class LLM:
         return self.tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts; outputs are in their order. Raises the first refused request's error after the others were aborted."""
         work: list[Assembler] = []
@@ -67,7 +70,7 @@ class LLM:
         template = self.tokenizer.chat_template
         if template is None:
             raise ConfigError("this model has no chat template; pass chat_template=PATH", param="chat_template")
-        many = [messages] if messages and isinstance(messages[0], dict) else messages
+        many: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         texts = [template.render(m, tools=tools, add_generation_prompt=add_generation_prompt) for m in many]
         return self.generate([self.tokenizer.encode(t, add_special_tokens=False) for t in texts], sampling_params, use_tqdm)
 

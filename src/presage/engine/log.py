@@ -105,7 +105,14 @@ class DecisionLog(NullLog):
     def ended(self, loop: Loop, slot: int, finish: Finish) -> None:
         """Which request ended how, for ``presage explain``."""
         t = loop.table
-        life = [int(t.prompt[slot]), int(t.out[slot]), int(t.preempted[slot]), float(t.arrival[slot]), float(t.t_start[slot]), float(t.t_first[slot])]
+        life = [
+            int(t.prompt[slot]),
+            int(t.out[slot]),
+            int(t.preempted[slot]),
+            float(t.arrival[slot]),
+            float(t.t_start[slot]),
+            float(t.t_first[slot]),
+        ]
         self._frame("e", [loop.view.now, loop.requests[slot].id, loop.requests[slot].branch, int(finish), life])
 
     def note(self, kind: str, text: str) -> None:

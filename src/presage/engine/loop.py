@@ -28,7 +28,6 @@ from presage.engine.staircase import advance
 from presage.engine.view import View
 from presage.schedule.fcfs import Fcfs
 
-
 _GRAMMAR, _EXIT, _SAMPLE = int(Flag.GRAMMAR), int(Want.EXIT), int(Want.SAMPLE)
 _QUEUED, _RUNNING = int(State.QUEUED), int(State.RUNNING)
 
@@ -280,7 +279,20 @@ class Loop:
     def launch(self, plan: StepPlan, g: Grants, draft: Draft) -> None:
         """Mark the slots and submit."""
         t, s = self.table, plan.slot
-        mark(s, plan.start, plan.count, plan.nodes, plan.layer0, plan.layer1, self.executor.layers, plan.want, t.inflight, t.pending, t.flying, plan.features)
+        mark(
+            s,
+            plan.start,
+            plan.count,
+            plan.nodes,
+            plan.layer0,
+            plan.layer1,
+            self.executor.layers,
+            plan.want,
+            t.inflight,
+            t.pending,
+            t.flying,
+            plan.features,
+        )
         plan.features[10] = len(plan.moves)
         if self.latency is not None:
             plan.predicted = float(self.latency.predict(plan.features[None])[0, 0])
@@ -335,7 +347,7 @@ class Loop:
         if todo & RECTANGLE:
             self._climb(plan, live)
         if todo & NODES:
-            self._compact(plan, done, np.flatnonzero(live & (plan.nodes > 0)))
+            self._compact(plan, done, np.flatnonzero(live & (plan.nodes > 0)).astype(np.int32))
         if todo & (RECTANGLE | DEAD):
             s = s[live]
             reached = t.computed[s, 0]

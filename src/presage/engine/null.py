@@ -68,13 +68,16 @@ class NullExecutor:
         self.post(self._judge(plan, sampling, t))
 
     def _judge(self, plan: StepPlan, sampling: np.ndarray, t: float) -> StepDone:
-        off, new, path_off, path = [0], [], [0], []
+        new: list[int] = []
+        path: list[int] = []
+        off, path_off = [0], [0]
         for s, wanted in enumerate(sampling.tolist()):
             if wanted:
                 self._span(plan, s, new, path)
             off.append(len(new))
             path_off.append(len(path))
-        return StepDone(plan.id, t, t, *(np.array(a, np.int32) for a in (off, new, path_off, path)))
+        a, b, c, d = (np.array(x, np.int32) for x in (off, new, path_off, path))
+        return StepDone(plan.id, t, t, a, b, c, d)
 
     def _span(self, plan: StepPlan, s: int, new: list[int], path: list[int]) -> None:
         d, first = plan.draft, int(plan.draft.offset[s]) if len(plan.draft) else 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from presage.engine.loop import Loop
 
 WAIT_SECONDS = {Wait.GRAMMAR: 60.0, Wait.ADAPTER: 60.0, Wait.KV_IN: 30.0, Wait.SCORE: 1.0, Wait.QUOTA: 60.0, Wait.WEIGHTS: 120.0}
-REMATCH = 8
+REMATCH = 16
 
 
 class Receiver:
@@ -78,6 +78,7 @@ class Receiver:
         self._park(slot, wait)
         self.held_ids[slot] = np.concatenate([req.prompt, req.emitted]).astype(np.int32) if len(req.emitted) else req.prompt
         self.loop.queue.append(slot)
+        self.match(slot)
         self.loop.programs.started(slot, req)
 
     def _refuse(self, req: Request, error: PresageError) -> None:
@@ -201,18 +202,14 @@ class Receiver:
     # ---- admit, evict, end
 
     def rematch(self) -> None:
-        """Look prefix hits up again for the head of the queue when the cache changed; further back, forget stale hits."""
-        loop, t = self.loop, self.table
+        """Look prefix hits up again for the head of the queue when the cache changed. Older ones only shrink, when they are used."""
+        loop = self.loop
         if len(loop.running) >= loop.config.max_num_seqs:
             return
-        version = loop.kv.version
-        for place, slot in enumerate(loop.queue):
-            if self.matched.get(slot) == version:
-                continue
-            if place < REMATCH:
+        version, room = loop.kv.version, min(REMATCH, loop.config.max_num_seqs - len(loop.running))
+        for slot in loop.queue[:room]:
+            if self.matched.get(slot) != version:
                 self.match(slot)
-            elif t.hit[slot]:
-                t.hit[slot] = loop.kv.match(slot, self.held_ids[slot][:1])
 
     def match(self, slot: int) -> None:
         """Prefix hit of one queued slot. Requests for prompt log-probabilities or pooling need every position computed."""
@@ -228,8 +225,7 @@ class Receiver:
         for slot in g.slot[t.state[g.slot] == State.QUEUED].tolist():
             if t.waits[slot]:
                 continue
-            if slot not in self.matched:
-                self.match(slot)
+            # The hit is the one the plan was made with: a longer one found now would make its grant reach past the known ids.
             t.move(slot, State.RUNNING)
             loop.queue.remove(slot)
             self.seat(slot, self.held_ids.pop(slot))
@@ -285,6 +281,8 @@ class Receiver:
         t.move(slot, State.ENDING)
         if queued:
             loop.queue.remove(slot)
+            if t.waits[slot] & int(Wait.GRAMMAR) and loop.masker is not None:
+                loop.masker.cancel(self.requests[slot].id)
         elif slot in loop.running:
             loop.running.remove(slot)
             loop._ready = None

@@ -124,7 +124,8 @@ class _Check(NullLog):
 def replay(folder: str | Path) -> int:
     """Replay a log and compare every decision. Returns the number of decisions; raises ReplayMismatch with the first that differs."""
     frames = read_frames(folder)
-    tag, header = next(frames, ("", None))
+    first: tuple[str, Any] = next(frames, ("", {}))
+    tag, header = first
     if tag != "h" or header["version"] != VERSION:
         raise ReplayMismatch("not a decision log of this version, or its beginning was rotated away")
     names, check = (RecordedNames() if header["level"] == "shape" else None), _Check()
@@ -153,7 +154,13 @@ def _rebuild(header: dict[str, Any], names: Any, log: NullLog) -> tuple[Loop, Re
     table, requests = Table(), dict[int, Request]()
     cutter = RecordedCutter(table, requests, header["eos"])
     max_len = header["max_model_len"]
-    kv = BlockManager(geometry, max_len=max_len, prefix_caching=config.cache.enable_prefix_caching, content=names or HashedContent(), max_num_batched_tokens=config.scheduler.max_num_batched_tokens)
+    kv = BlockManager(
+        geometry,
+        max_len=max_len,
+        prefix_caching=config.cache.enable_prefix_caching,
+        content=names or HashedContent(),
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+    )
     loop = Loop(
         loop_config(config, max_len),
         SilentExecutor(geometry, header["layers"], header["depth"]),

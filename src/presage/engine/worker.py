@@ -1,6 +1,6 @@
 """The engine process: one loop behind two sockets. Started by ``engine.remote``; ends when its parent does.
 
-    python -m presage.engine.worker COMMANDS EMISSIONS      (the configuration as JSON on standard input)
+python -m presage.engine.worker COMMANDS EMISSIONS      (the configuration as JSON on standard input)
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class Worker:
         """Take commands; beat; end with the parent."""
         beat = 0.0
         while True:
-            if self.commands.poll(int(HEARTBEAT * 1000)):
-                self.command(*unpack(self.commands.recv()))
+            try:
+                if self.commands.poll(int(HEARTBEAT * 1000)):
+                    self.command(*unpack(self.commands.recv()))
+            except zmq.ZMQError:  # the process is ending and took the socket away
+                return
             now = time.monotonic()
             if now - beat >= HEARTBEAT:
                 beat = now

@@ -35,9 +35,10 @@ class Copies(Protocol):
 
 
 class Ops(Protocol):
-    """A kernel family. ``kind`` names it; ``threads`` is the size of its team."""
+    """A kernel family. ``kind`` names it; ``threads`` is the size of its team; ``numerics`` names what decides its bits."""
 
     kind: str
+    numerics: str
     threads: int
     dtype: torch.dtype
 

@@ -8,7 +8,8 @@ import torch
 
 from presage.kernels.cpu import linear as kernels
 from presage.kernels.cpu.activation import embedding, moe_combine
-from presage.kernels.cpu.attention import AttentionBatch, PagedAttention
+from presage.kernels.cpu.attention import AttentionBatch, PagedAttention, attention_numerics
+from presage.kernels.cpu.isa import current_isa
 from presage.kernels.cpu.kv_copy import CacheCopies
 from presage.kernels.cpu.norm import Norm
 from presage.kernels.cpu.pack import pack, pack_gate_up
@@ -28,44 +29,57 @@ class CpuOps:
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
         self.dtype, self.threads, self.team = dtype, threads, Team(threads)
         self._format = "bf16" if dtype == torch.bfloat16 else "f32"
+        self.numerics = f"{self._format}-{current_isa().numerics}|{attention_numerics(dtype)}"
 
     def pack(self, weight: torch.Tensor) -> Any:
+        """A weight [N, K] in the family's own order."""
         return pack(weight, self._format, team=self.team)
 
     def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
+        """Two weights [N, K] of a gated activation."""
         return pack_gate_up(gate, up, self._format, team=self.team)
 
     def pack_experts(self, packs: list[Any]) -> Any:
+        """Packed weights of equal shape, for one grouped call."""
         return kernels.Experts(packs)
 
     def linear(
         self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
     ) -> None:
+        """out = epilogue(x @ W.T); ``residual`` may only be ``out`` itself."""
         kernels.linear(self.team, x, packed, out, bias=bias, residual=residual, act=act or None, softcap=softcap)
 
     def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:
+        """Rows offsets[e] .. offsets[e+1] of x through expert e."""
         kernels.grouped_linear(self.team, x, experts, offsets, out, act=act or None)
 
     def norm(self, weight: torch.Tensor, bias: Maybe, eps: float, center: bool) -> BoundNorm:
+        """RMS norm (``center``: layer norm): call(x, out)."""
         return Norm(self.team, weight, eps, bias=bias, center=center)
 
     def rope_write(
         self, keys: torch.Tensor, values: torch.Tensor, cos_sin: Maybe, q_norm: Maybe, k_norm: Maybe, eps: float
     ) -> BoundWrite:
+        """q and k norms, rotary and cache write: call(qkv, positions, slots, q_out)."""
         return RopeWrite(self.team, keys, values, cos_sin, q_norm, k_norm, eps)
 
     def attention(self, keys: torch.Tensor, values: torch.Tensor, heads: int, scale: float, window: int, softcap: float) -> BoundAttention:
+        """Paged attention: call(q, views, out)."""
         return PagedAttention(self.team, keys, values, heads, scale, window, softcap)
 
     def views(self, table: Table, batch: Batch) -> Any:
+        """What attention reads of a step, bound once per KV group."""
         b = batch
         return AttentionBatch(table.indptr, table.blocks, b.span_of, b.index, b.linear, b.kv_len, b.tree, b.positions, b.max_kv)
 
     def moe_combine(self, parts: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> None:
+        """h[r] += sum over ranks j, ascending, of weight[r, j] * parts[inverse[r, j]]."""
         moe_combine(self.team, parts, inverse, weight, h)
 
     def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """out [t, d] float32 = table[ids] * scale."""
         embedding(self.team, ids, table, out, scale)
 
     def copies(self, arrays: Arrays) -> Copies:
+        """Copies inside the caches of all layers of a group."""
         return CacheCopies(self.team, arrays)

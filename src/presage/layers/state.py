@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Ticket(Protocol):
     """Something that may be late (weights, remote attention, a collective). Stages that are done return None."""
 
-    def wait(self) -> Any: ...
+    def wait(self) -> Any:
+        """Block until it is there."""
 
 
 class State:

@@ -44,13 +44,12 @@ class Model:
                 progress(i + 1, params.layers)
         self.layers: tuple[DecoderLayer, ...] = tuple(layers)
         self.final = self.norm("norm")
-        tied = params.tied or not weights.has("head")
-        self.lm_head = Linear(ops, "head", [weights.get("embed" if tied else "head")], softcap=params.final_softcap)
+        self.lm_head = Linear(ops, "head", [weights.get("embed" if params.tied else "head")], softcap=params.final_softcap)
 
     def kv_groups(self, block_size: int = 32) -> tuple[KVGroup, ...]:
         """KV groups of the plain method for blocks of ``block_size`` tokens."""
         dtype = "bfloat16" if self.ops.dtype == torch.bfloat16 else "float32"
-        return kv_groups(self.params, dtype, block_size, self._salt)
+        return kv_groups(self.params, dtype, block_size, self._salt + self.ops.numerics.encode())
 
     # -- hooks -------------------------------------------------------------------------------------------------------------------
 

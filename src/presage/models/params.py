@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from presage.core.errors import UnsupportedModel
+from presage.core.errors import CheckpointError, UnsupportedModel
 
 Config = dict[str, Any]
 
@@ -116,7 +116,8 @@ class Params:
 
 
 def parse(config: Any) -> Params:
-    """Params of a config.json dict (or of an object with ``to_dict``). Raises UnsupportedModel naming the type or option."""
+    """Params of a config.json dict (or of an object with ``to_dict``). Raises UnsupportedModel naming the type or option,
+    CheckpointError naming a key that is missing."""
     c: Config = dict(config if isinstance(config, dict) else config.to_dict())
     kind = c.get("model_type", "")
     if kind == "gemma3":
@@ -124,7 +125,10 @@ def parse(config: Any) -> Params:
         kind = "gemma3_text"
     if kind not in FAMILIES:
         raise UnsupportedModel(f"model type {kind!r} is not supported; supported: {', '.join(FAMILIES)}", param="model")
-    params = _gpt2(c) if kind == "gpt2" else _llama_like(c, kind)
+    try:
+        params = _gpt2(c) if kind == "gpt2" else _llama_like(c, kind)
+    except KeyError as missing:
+        raise CheckpointError(f"config.json of a {kind} model lacks {missing}", param="model") from None
     return replace(params, fingerprint=hashlib.sha256(repr(sorted(c.items(), key=lambda kv: kv[0])).encode()).digest()[:16])
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 
-from presage.core.errors import ConfigError
+from presage.core.errors import ConfigError, UnsupportedModel
 from presage.layers.ops import Ops
 from presage.models.base import Model, Progress
 from presage.models.params import parse
@@ -27,6 +27,8 @@ def build_model(
     Raises UnsupportedModel (a type or option; the message lists what is supported) and CheckpointError (a tensor missing or misshapen).
     """
     params = parse(checkpoint.config).limited(max_len)
+    if scheme := checkpoint.config.get("quantization_config"):
+        raise UnsupportedModel(f"weights quantised by {scheme.get('quant_method', 'an unknown method')} are not supported", param="model")
     if dtype != ops.dtype:
         raise ConfigError(f"weights of type {dtype} for kernels of type {ops.dtype}", param="dtype")
     cls = family(params.model_type)

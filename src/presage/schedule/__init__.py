@@ -9,7 +9,11 @@ from presage.core.config import SchedulerConfig
 from presage.core.errors import ConfigError
 from presage.core.protocols import Scheduler
 
-POLICIES = {"fcfs": "presage.schedule.fcfs:Fcfs", "priority": "presage.schedule.priority:Priority", "layered": "presage.schedule.layered:Layered"}
+POLICIES = {
+    "fcfs": "presage.schedule.fcfs:Fcfs",
+    "priority": "presage.schedule.priority:Priority",
+    "layered": "presage.schedule.layered:Layered",
+}
 
 
 def make_scheduler(config: SchedulerConfig) -> Scheduler:

@@ -21,7 +21,10 @@ from presage.serve.tools import tool_parser
 
 
 def create_app(engine_client: EngineClient, config: ServerConfig | None = None) -> FastAPI:
-    """An application whose state is its own: several may live in one process. Errors: ConfigError for unknown parsers and unusable defaults."""
+    """An application whose state is its own: several may live in one process.
+
+    Errors: ConfigError for unknown parsers and unusable sampling defaults.
+    """
     config = config or ServerConfig()
     if config.tool_call_parser is not None:
         tool_parser(config.tool_call_parser)

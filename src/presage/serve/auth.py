@@ -20,6 +20,7 @@ class ApiKeys:
         self._tenants: dict[bytes, str] = {}
         for entry in keys:
             key, _, tenant = entry.partition(":")
+            # The key itself has no colon by convention of every provider, so the first one ends it.
             digest = _digest(key)
             self._tenants[digest] = tenant or f"key-{digest.hex()[:12]}"
 
@@ -45,6 +46,7 @@ def salt_of(tenant: str, cache_salt: str | None) -> bytes:
     """Prefix-cache salt: tenants never share entries with each other, nor do different ``cache_salt`` values of one tenant."""
     if not tenant and not cache_salt:
         return b""
+    # The length in front keeps ("a", "bc") and ("ab", "c") apart.
     text = f"{len(tenant)}:{tenant}{cache_salt or ''}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
 
@@ -58,6 +60,7 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             state = scope.setdefault("state", {})
+            # Compared without the proxy's prefix, as the router does; anything not listed is closed, unknown paths too.
             path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
             try:
                 state["tenant"] = "" if path in OPEN_PATHS else self.keys.tenant(Request(scope).headers.get("authorization"))

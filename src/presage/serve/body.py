@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,6 +30,7 @@ class BodyReader:
     async def read(self, request: Request, kind: type[B]) -> B:
         """The body as ``kind``. Errors: BodyTooLarge, BodyTimeout, BadMediaType, Overloaded, RequestError naming the field."""
         _check_type(request.headers.get("content-type"))
+        # A client that says how much it will send is refused before it has sent it.
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self.config.max_body_bytes:
             await self._discard(request)
@@ -40,6 +42,8 @@ class BodyReader:
             raise BodyTimeout(f"the body did not arrive within {self.config.body_timeout:g} seconds") from None
         except ClientDisconnect:
             raise RequestError("the client left before its body was complete") from None
+        # What we do with the request from here on is our time; how slowly it was sent is not.
+        request.state.arrived = time.monotonic()
         return parse(data, kind)
 
     async def _collect(self, request: Request) -> bytes:
@@ -47,6 +51,7 @@ class BodyReader:
         try:
             async for chunk in request.stream():
                 data += chunk
+                # Counted as it arrives, not as declared: a lying header must not get past the limit.
                 self.held += len(data) - counted
                 counted = len(data)
                 if counted > self.config.max_body_bytes:
@@ -92,6 +97,7 @@ def parse(data: bytes, kind: type[B]) -> B:
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
+    # Counting brackets is cheap and settles nearly every body; only the rest is walked.
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
         raise RequestError(f"the body is nested deeper than {MAX_DEPTH} levels")
     if not isinstance(value, dict):
@@ -114,11 +120,13 @@ def _deeper(value: Any, limit: int) -> bool:
 
 def explain(error: ValidationError) -> RequestError:
     """pydantic's complaints as one error: the first field is ``param``, at most three are worded, values are not echoed."""
+    # Input values stay out of the message: they may be megabytes, and they may be secrets.
     found = error.errors(include_url=False, include_input=False, include_context=False)
     where = ".".join(str(p) for p in found[0]["loc"])
     if found[0]["type"] == "extra_forbidden":
         return RequestError(f"unknown field {where[:200]!r}", param=where[:200])
     # A union reports each of its branches ("prompt.str", "prompt.list[int]"): the field itself is what the client knows.
+    # A union reports each branch that failed; the same words for the same field are said once.
     lines = [f"{'.'.join(_plain(e['loc'])) or 'body'}: {e['msg']}" for e in found[:3]]
     return RequestError("; ".join(dict.fromkeys(lines)), param=".".join(_plain(found[0]["loc"])) or None)
 

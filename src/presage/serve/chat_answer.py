@@ -43,6 +43,7 @@ class ChatAnswer:
     def push(self, delta: Delta) -> Turn:
         """Split an addition and keep the totals."""
         if self.think is not None and self.think.reasoning:
+            # Counted by where the text stood before these ids: the closing tag itself is still reasoning.
             self.reasoning_tokens += len(delta.ids)
         reasoning, content = self._think(delta.text, bool(delta.finish))
         content, calls = self._tools(content, bool(delta.finish))
@@ -59,6 +60,7 @@ class ChatAnswer:
 
     def message(self) -> dict[str, Any]:
         """The whole message."""
+        # OpenAI has null content beside calls, and never a null answer without them.
         content = self.content or (None if self.calls else "")
         out: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self.reasoning:

@@ -26,6 +26,7 @@ async def chat_prompt(
 ) -> tuple[str, list[int]]:
     """(text, ids) of a conversation. Errors: RequestError for media, reserved option names and what the template refuses."""
     client = front.client
+    # Asked for here rather than at start: a base model still serves completions.
     template = client.chat_template
     if template is None:
         raise RequestError("this model has no chat template; start the server with --chat-template", param="messages")
@@ -69,6 +70,7 @@ def _text(message: Message, index: int) -> str:
     for part in content:
         if isinstance(part, MediaPart):
             raise RequestError(f"content of type {part.type} is not supported by this model", param=f"messages.{index}.content")
+    # Templates take one string; a line break keeps parts from running into each other.
     return "\n".join((p.text if p.type == "text" else p.refusal) or "" for p in content if not isinstance(p, MediaPart))
 
 

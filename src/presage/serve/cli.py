@@ -91,7 +91,9 @@ def serve(
 
 
 @app.command
-def chat(*, url: str = "http://127.0.0.1:8000/v1", model: str | None = None, api_key: str = "none", temperature: float = 0.7, system: str = "") -> int:
+def chat(
+    *, url: str = "http://127.0.0.1:8000/v1", model: str | None = None, api_key: str = "none", temperature: float = 0.7, system: str = ""
+) -> int:
     """Talk to a running server.
 
     Parameters
@@ -114,7 +116,14 @@ def chat(*, url: str = "http://127.0.0.1:8000/v1", model: str | None = None, api
 
 @app.command
 def complete(
-    prompt: str, /, *, url: str = "http://127.0.0.1:8000/v1", model: str | None = None, api_key: str = "none", max_tokens: int = 128, temperature: float = 0.7
+    prompt: str,
+    /,
+    *,
+    url: str = "http://127.0.0.1:8000/v1",
+    model: str | None = None,
+    api_key: str = "none",
+    max_tokens: int = 128,
+    temperature: float = 0.7,
 ) -> int:
     """Complete a prompt on a running server ("-" reads standard input).
 

@@ -54,6 +54,7 @@ def from_emission(error: tuple[str, str, int]) -> PresageError:
 
 
 def _by_code() -> dict[str, type[PresageError]]:
+    # Reversed, so that a parent wins where a child inherits its code.
     classes = [c for c in vars(tree).values() if isinstance(c, type) and issubclass(c, PresageError)]
     return {c.code: c for c in reversed(classes)}
 
@@ -61,6 +62,7 @@ def _by_code() -> dict[str, type[PresageError]]:
 def error_body(error: PresageError) -> dict[str, Any]:
     """The JSON body of an error; numbers of an over-long prompt stand beside the four fields."""
     body = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+    # Only these: details may hold internal numbers that are nobody's business.
     body.update({k: v for k, v in error.details.items() if k in ("n_prompt_tokens", "n_ctx")})
     return {"error": body}
 

@@ -27,6 +27,7 @@ class Front:
         self.client, self.config = client, config
         self.keys = ApiKeys(config.api_key)
         self.bodies = BodyReader(config)
+        # Aliases replace the base model's own name; adapters keep theirs.
         self.names = [*config.served_model_name, *client.model_names[1:]] if config.served_model_name else list(client.model_names)
         self.metrics = Metrics(client, self.names[0], config.vllm_metrics)
         self.created = int(time.time())

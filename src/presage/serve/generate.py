@@ -51,6 +51,7 @@ class Branch:
 
     def push(self, e: Emission) -> Delta | None:
         """The addition, or None for a repeated emission or after the end."""
+        # A restarted engine may send ids again that the client already has.
         known = max(0, self.n - e.offset)
         ids, logprobs = e.ids[known:], (e.logprobs or [])[known:]
         if self.finish or (not ids and not e.finish):
@@ -66,6 +67,7 @@ class Branch:
     def _stopped(self, stops: StopChecker, e: Emission, ids: list[int], logprobs: list[TokenLogprobs]) -> Delta:
         out = ""
         for used, token in enumerate(self._shown(e, ids), 1):
+            # One id at a time: with several per step, those after the stop string must not be counted or shown.
             text, hit = stops.push(self.text.push([token]), self.n + used > self.min_tokens)
             out += text
             if hit is not None:
@@ -86,6 +88,7 @@ class Branch:
         return delta
 
     def _shown(self, e: Emission, ids: list[int]) -> list[int]:
+        # Templates end a turn with a token that is no part of the answer, also when special tokens are shown.
         hidden = e.finish == "stop" and ids and ids[-1] in self.end_ids and not self.include
         return ids[:-1] if hidden else ids
 
@@ -163,6 +166,7 @@ class Generation:
 
     async def _leave(self, stream: Any) -> None:
         # The engine learns of a stop string that only the text showed, and of a client that went away, in the same way.
+        # An engine that ended every branch by itself needs no abort, which would cost a message per request.
         if self._open:
             with suppress(Exception):
                 await self.front.client.abort(self.request.id)
@@ -182,6 +186,7 @@ async def merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, 
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
         return
+    # Unbounded is safe: it holds at most max_tokens entries per branch, and the reader is the only brake there is.
     queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
     tasks = [asyncio.ensure_future(_drain(i, g, queue)) for i, g in enumerate(generations)]
     try:

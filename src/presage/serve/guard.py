@@ -26,6 +26,7 @@ def guarded_protocol(max_connections: int, header_timeout: float) -> type[H11Pro
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # Answered without parsing a byte: under attack the cheapest answer is the right one.
             if len(self.connections) > max_connections:
                 transport.write(refusal)
                 transport.close()
@@ -44,6 +45,7 @@ def guarded_protocol(max_connections: int, header_timeout: float) -> type[H11Pro
                 self._forget_head()
 
         def _in_head(self) -> bool:
+            # IDLE means that no complete head has been read since the last answer.
             return self.conn.their_state is h11.IDLE and not self.transport.is_closing()
 
         def _expect_head(self) -> None:

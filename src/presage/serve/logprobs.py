@@ -59,6 +59,7 @@ class CompletionLogprobs:
         return out
 
     def _top(self, t: TokenLogprobs) -> dict[str, float]:
+        # The chosen token comes last, so that it is there even when it is not among the k best.
         pairs = [*zip(t.top_ids[: self.k], t.top_logprobs[: self.k], strict=True), (t.id, t.logprob)]
         return {shown(self.tokenizer, i): finite(p) for i, p in pairs}
 

@@ -36,7 +36,10 @@ async def _serve(config: EngineConfig, http: ServerConfig) -> int:
         if not config.observability.disable_log_stats:
             watch = asyncio.create_task(_report(engine))
         where = http.uds or f"http{'s' if http.ssl_certfile else ''}://{http.host}:{http.port}"
-        print(f"presage: {engine.model_names[0]} ready on {where}/v1 (context {engine.max_model_len}, {_gib(engine.info['kv_bytes'])} of KV cache)", file=sys.stderr)
+        print(
+            f"presage: {engine.model_names[0]} ready on {where}/v1 (context {engine.max_model_len}, {_gib(engine.info['kv_bytes'])} of KV cache)",
+            file=sys.stderr,
+        )
         await server.serve()
         if not config.observability.disable_log_stats:
             watch.cancel()

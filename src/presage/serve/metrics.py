@@ -98,6 +98,7 @@ class _EngineCollector(Collector):
         self._client, self._model = client, model
 
     def collect(self) -> Iterator[Metric]:
+        # Read when scraped: keeping gauges up to date on every step would cost time that nobody looks at.
         stats = self._client.stats()
         for name, (key, text) in _GAUGES.items():
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])

@@ -38,9 +38,7 @@ def takes(body: type[BaseModel]) -> dict[str, Any]:
 
 def streams(chunk: type[BaseModel]) -> dict[str, Any]:
     """The 200 answer's second form: server-sent events of ``chunk``."""
-    text = (
-        f"With `stream`: events `data: {chunk.__name__}`, then `data: [DONE]`. An error after the head is an event with an ErrorResponse."
-    )
+    text = f"With `stream`: events `data: {chunk.__name__}`, then `data: [DONE]`. An error after the head is an event with an ErrorResponse."
     content = {"text/event-stream": {"schema": {"type": "string", "description": text}}}
     return {"description": "The answer, or a stream of it.", "content": content}
 
@@ -49,6 +47,7 @@ def install(app: FastAPI, extra: tuple[type[BaseModel], ...]) -> None:
     """Replace ``app.openapi`` by one that also knows ``extra``: the bodies that routes read and the chunks that they stream."""
 
     def build() -> dict[str, Any]:
+        # Built once and on demand: it takes longer than starting the server.
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             _add_models(document, extra)

@@ -22,6 +22,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = Request(scope).headers.get("x-request-id", "")
+        # A header of any other form could split lines in a log.
         name = given if _SANE.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
 

@@ -13,7 +13,7 @@ from presage.core.errors import RequestError
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
 from presage.serve.auth import salt_of
-from presage.serve.front import Front, tenant_of
+from presage.serve.front import tenant_of
 from presage.serve.generate import Generation, ids_array
 from presage.serve.protocol.common import SLO, SamplingBody
 
@@ -23,11 +23,9 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def engine_request(
-    http: HttpRequest, front: Front, body: SamplingBody, name: str, model: str, prompt: Sequence[int], sampling: SamplingParams
-) -> Request:
-    """One request for the engine; deadlines count from now."""
-    now, tenant = front.clock(), tenant_of(http)
+def engine_request(http: HttpRequest, body: SamplingBody, name: str, model: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
+    """One request for the engine; deadlines count from the arrival of the body."""
+    now, tenant = http.state.arrived, tenant_of(http)
     first, each, end = deadlines(body.slo, now)
     return Request(
         id=name,

@@ -43,6 +43,7 @@ class Server(uvicorn.Server):
             self.force_exit = sig == signal.SIGINT
             return
         self._front.draining = True
+        # uvicorn raises it again after the end, so that the exit status tells the supervisor the truth.
         self._captured_signals.append(sig)
 
     async def on_tick(self, counter: int) -> bool:
@@ -58,6 +59,7 @@ class Server(uvicorn.Server):
             async with asyncio.timeout(front.config.shutdown_timeout):
                 if self._drain is not None:
                     await self._drain()
+                # The hook drains the engine; what is left is text on its way to slow readers.
                 while front.live:
                     await asyncio.sleep(0.05)
         self.should_exit = True

@@ -43,6 +43,7 @@ def sampling_of(body: SamplingBody, client: EngineClient, defaults: dict[str, An
 
     Errors: RequestError naming the field, for values out of range and for token ids outside of the vocabulary.
     """
+    # null means "not given" in OpenAI's API.
     given = {k: v for k in _COPIED if (v := getattr(body, k)) is not None}
     fields = {**defaults, **given, **fixed}
     if body.logit_bias is not None:
@@ -74,6 +75,7 @@ def output_room(asked: int | None, default: int | None, n_prompt: int, n_ctx: in
     """Output tokens a request may take. Without a wish, ``default`` (None = all) as far as there is room. Errors: ContextTooLong."""
     room = n_ctx - n_prompt
     if room < 1 or (asked is not None and asked > room):
+        # Chat clients show this message to people, so both numbers are in it.
         wish = "" if asked is None else f" plus {asked} requested tokens"
         raise ContextTooLong(
             f"the prompt has {n_prompt} tokens{wish}, but the model's context is {n_ctx} tokens",

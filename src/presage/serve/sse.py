@@ -64,6 +64,7 @@ class EventStream(Response):
 
     def __init__(self, events: AsyncIterator[bytes], config: ServerConfig) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=self.media_type)
+        # A stream has no length; Starlette writes 0 for the empty body it was given.
         self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
         self.events, self.config = events, config
         self.started, self.sending, self.last = False, False, 0.0
@@ -83,6 +84,7 @@ class EventStream(Response):
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
         first = asyncio.ensure_future(anext(aiter(self.events), None))  # type: ignore[arg-type]
         try:
+            # After the grace the head goes out anyway: proxies give up on silent requests.
             await asyncio.wait({first}, timeout=self.config.stream_grace)
             if first.done() and (error := first.exception()) is not None:
                 await error_response(known(error))(scope, receive, send)
@@ -126,6 +128,7 @@ class EventStream(Response):
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(self.config.stream_ping, self.config.send_timeout) / 2)
+            # One watcher per stream instead of a timer per chunk, which would double the cost of a token.
             quiet = loop.time() - self.last
             if self.sending and quiet > self.config.send_timeout:
                 return

@@ -14,7 +14,7 @@ class Timing:
 
     def __init__(self, metrics: Metrics, request: Request, clock: Callable[[], float]) -> None:
         self.metrics, self.request, self.clock = metrics, request, clock
-        self.start = clock()
+        self.start = request.arrival
         self.first = self.last = 0.0
         self.times = (0.0, 0.0, 0.0)
 
@@ -43,6 +43,7 @@ class Timing:
         m.prompt_tokens.inc(n_prompt)
         m.prompt_size.observe(n_prompt)
         m.output_size.observe(n_output)
+        # From the engine's own stamps: the front cannot see when a request was first scheduled.
         arrival, scheduled, first = self.times
         if first:
             m.queue.observe(max(0.0, scheduled - arrival))

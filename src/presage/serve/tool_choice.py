@@ -29,6 +29,7 @@ def plan_tools(body: ChatRequest, config: ServerConfig) -> ToolPlan:
     names = [t.function.name for t in tools]
     if len(set(names)) != len(names):
         raise RequestError("tools must have different names", param="tools")
+    # OpenAI refuses this as well; ignoring it would hide a client's bug.
     if choice is not None and choice != "none" and not tools:
         raise RequestError("tool_choice needs tools", param="tool_choice")
     if not tools or choice == "none":
@@ -63,17 +64,48 @@ def array_schema(tools: list[Tool], several: bool) -> dict[str, Any]:
     """Schema of ``[{"name", "parameters"}, ...]``; name comes first so that the parser can stream the rest."""
     defs: dict[str, Any] = {}
     calls = []
-    for tool in tools:
-        schema = dict(parameters(tool))
-        # References are rooted at the whole document, so definitions move up.
-        for key in ("$defs", "definitions"):
-            defs.setdefault(key, {}).update(schema.pop(key, None) or {})
+    for i, tool in enumerate(tools):
+        schema = _hoisted(parameters(tool), f"tool{i}", defs)
         properties = {"name": {"type": "string", "enum": [tool.function.name]}, "parameters": schema}
         calls.append({"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False})
     out: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls} if len(calls) > 1 else calls[0]}
     if not several:
         out["maxItems"] = 1
-    return out | {k: v for k, v in defs.items() if v}
+    return out | ({"$defs": defs} if defs else {})
+
+
+def _hoisted(schema: dict[str, Any], name: str, defs: dict[str, Any]) -> dict[str, Any]:
+    """A tool's schema for use inside another. References are rooted at the whole document, so a schema that has some moves to ``$defs``
+    as a whole, its own definitions beside it under names that no other tool has."""
+    if not _has_reference(schema):
+        return schema
+    own = {k: v for k, v in schema.items() if k not in ("$defs", "definitions")}
+    for group in ("$defs", "definitions"):
+        for key, value in (schema.get(group) or {}).items():
+            defs[f"{name}_{key}"] = _pointed(value, name)
+    defs[name] = _pointed(own, name)
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _has_reference(node: Any) -> bool:
+    if isinstance(node, dict):
+        return isinstance(node.get("$ref"), str) or any(_has_reference(v) for v in node.values())
+    return isinstance(node, list) and any(_has_reference(v) for v in node)
+
+
+def _pointed(node: Any, name: str) -> Any:
+    if isinstance(node, list):
+        return [_pointed(v, name) for v in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: _pointer(v, name) if k == "$ref" and isinstance(v, str) else _pointed(v, name) for k, v in node.items()}
+
+
+def _pointer(reference: str, name: str) -> str:
+    for group in ("#/$defs/", "#/definitions/"):
+        if reference.startswith(group):
+            return f"#/$defs/{name}_{reference.removeprefix(group)}"
+    return f"#/$defs/{name}{reference[1:]}" if reference.startswith("#") else reference
 
 
 def constraint_of(body: ChatRequest, plan: ToolPlan) -> StructuredOutputsParams | None:

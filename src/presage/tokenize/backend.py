@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def load_backend(path: Path, reader: Any = None) -> tuple[Any, dict[str, Any]]:
     config = _config(path)
     file = path / "tokenizer.json"
     if not file.exists():
-        return _through_transformers(path), config
+        from presage.tokenize.spm import load_sentencepiece
+
+        return load_sentencepiece(path / "tokenizer.model", config) or _through_transformers(path), config
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises bare Exception
@@ -57,6 +60,8 @@ def _through_transformers(folder: Path) -> Any:
         wrapped = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and its converters raise anything, missing optional packages included
         reason = " ".join(str(error).split())[:300]
+        if names & {"tokenizer.model"} and not (find_spec("sentencepiece") and find_spec("tiktoken")):
+            reason = "tokenizer.model needs the packages sentencepiece or tiktoken, or a tokenizer.json beside it"
         raise CheckpointError(f"{folder}: transformers cannot load this tokenizer ({type(error).__name__}: {reason})") from error
     inner = getattr(wrapped, "backend_tokenizer", None)
     return inner if isinstance(inner, tokenizers.Tokenizer) else SlowBackend(wrapped)

@@ -75,15 +75,15 @@ def _build(recipe: Recipe, data: Path, out: Path, given: Path | None) -> None:
     else:
         tokenizer = train_tokenizer(_sample(recipe, data), recipe.shape.vocab)
     tokenizer.save(str(out / "tokenizer.json"))
-    counts: dict[tuple[str, str], list[int]] = {}
+    counts: dict[tuple[str, str, Path], list[int]] = {}
     with (out / "tokens.u16").open("wb") as train, (out / "validation.u16").open("wb") as held:
         for n, (doc, ids) in enumerate(_encoded(tokenizer, documents(recipe, data))):
             is_held = _held_out(doc.text)
             (held if is_held else train).write(np.array([*ids, END], np.uint16).tobytes())
-            entry = counts.setdefault((doc.source, str(doc.file)), [n, 0, 0, 0])
+            entry = counts.setdefault((doc.source, doc.name, doc.file), [n, 0, 0, 0])
             entry[1] += 1
             entry[2 + is_held] += len(ids) + 1
-    _write_manifest(out / "manifest.jsonl", tokenizer, data, counts)
+    _write_manifest(out / "manifest.jsonl", tokenizer, counts)
 
 
 def _held_out(text: str) -> bool:
@@ -110,12 +110,11 @@ def _encoded(tokenizer: Tokenizer, docs: Iterator[Document]) -> Iterator[tuple[D
     yield from zip(chunk, (e.ids for e in tokenizer.encode_batch([d.text for d in chunk])), strict=True)
 
 
-def _write_manifest(path: Path, tokenizer: Tokenizer, data: Path, counts: dict[tuple[str, str], list[int]]) -> None:
-    """One line per input file in the order of training text; paths are relative, so that two machines can compare."""
+def _write_manifest(path: Path, tokenizer: Tokenizer, counts: dict[tuple[str, str, Path], list[int]]) -> None:
+    """One line per input file in the order of training text; names are relative, so that two machines can compare."""
     lines = [{"source": "tokenizer", "sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}]
-    for (source, file), (first, docs, train, held) in counts.items():
-        name = file[len(str(data)) + 1 :] if file.startswith(str(data)) else f"{source}/{Path(file).name}"
-        row = {"source": source, "file": name, "sha256": _sha256(Path(file)), "first_document": first, "documents": docs}
+    for (source, name, file), (first, docs, train, held) in counts.items():
+        row = {"source": source, "file": name, "sha256": _sha256(file), "first_document": first, "documents": docs}
         lines.append({**row, "train_tokens": train, "validation_tokens": held})  # type: ignore[dict-item]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

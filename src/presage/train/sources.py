@@ -22,25 +22,30 @@ _PARAGRAPH_CHARS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text; ``source`` is the group it belongs to, ``file`` what its hash is taken of."""
+    """One text; ``source`` is the group it belongs to, ``file`` where it lies here, ``name`` where it lies on any machine."""
 
     source: str
     file: Path
+    name: str
     text: str
 
 
 def documents(recipe: Recipe, data: Path) -> Iterator[Document]:
-    """All documents in a fixed order. Raises ConfigError naming a listed file that is missing."""
+    """All documents in a fixed order. Raises ConfigError naming a listed file or package that is missing, before anything is read."""
+    folders = {package: _package_folder(package) for package in recipe.packages}
+    for name in (*recipe.texts, *recipe.conversations):
+        if not (data / name).is_file():
+            raise ConfigError(f"training text {data / name} is missing", param="data")
     if recipe.python:
-        yield from _python("stdlib", Path(sysconfig.get_paths()["stdlib"]))
-    for package in recipe.packages:
-        yield from _python(package, _package_folder(package))
+        folders = {"stdlib": Path(sysconfig.get_paths()["stdlib"]), **folders}
+    for package, folder in folders.items():
+        yield from _python(package, folder)
     for name in recipe.texts:
-        yield from (Document(name, data / name, part) for part in _paragraphs(_read(data / name)))
+        yield from (Document(name, data / name, name, part) for part in _paragraphs(_read(data / name)))
     for name in recipe.conversations:
         for turns in _conversations(data / name):
             for _ in range(recipe.repeat_conversations):
-                yield Document(name, data / name, chatml(turns))
+                yield Document(name, data / name, name, chatml(turns))
 
 
 def chatml(turns: list[tuple[str, str]]) -> str:
@@ -112,10 +117,11 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 def _python(source: str, folder: Path) -> Iterator[Document]:
     for file in sorted(folder.rglob("*.py")):
-        if TEST_FOLDERS.isdisjoint(file.relative_to(folder).parts):
+        inside = file.relative_to(folder)
+        if TEST_FOLDERS.isdisjoint(inside.parts):
             text = file.read_text(encoding="utf-8", errors="replace")
             if text.strip():
-                yield Document(source, file, text)
+                yield Document(source, file, f"{source}/{inside.as_posix()}", text)
 
 
 def _package_folder(package: str) -> Path:

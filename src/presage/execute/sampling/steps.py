@@ -114,8 +114,9 @@ class MinTokens(_Flagged):
     bit = int(Touch.MIN_TOKENS)
 
     def applies(self, state: SamplingState, group: Group) -> np.ndarray:
-        """Rows whose slot asks and has not said enough."""
-        return ((state.wants[group.slots] & self.bit) != 0) & (group.out < state.min_tokens[group.slots])
+        """Rows whose slot asks and has not said enough. A grammar's mask already knows ``min_tokens``, and when the end must be allowed."""
+        asks = ((state.wants[group.slots] & self.bit) != 0) & (group.out < state.min_tokens[group.slots])
+        return asks & (group.mask < 0)
 
     def apply(self, z: Singles, which: Longs, state: SamplingState, group: Group) -> None:
         """Edit the rows in place."""

@@ -42,6 +42,7 @@ class ThinkParser:
         stripped = self.buf.lstrip()
         if not stripped or (self.opening.startswith(stripped) and stripped != self.opening):
             return False
+        # Models that are started inside the tag sometimes write it once more.
         tagged = stripped.startswith(self.opening)
         if tagged:
             self.buf = stripped.removeprefix(self.opening)

@@ -36,8 +36,7 @@ class Chat:
         self.name, self.created = generation.request.id, int(time.time())
         kind, show = front.config.reasoning_parser, body.include_reasoning is not False
         self.answers = [
-            ChatAnswer(reasoning_parser(kind, prompt) if kind else None, plan.parser() if plan.parser else None, show)
-            for _ in generation.branches
+            ChatAnswer(reasoning_parser(kind, prompt) if kind else None, plan.parser() if plan.parser else None, show) for _ in generation.branches
         ]
 
     def frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -73,6 +72,7 @@ async def chat_completions(request: Request) -> Response:
     model, engine_model = front.model(body.model)
     stream = check_stream(body)
     plan = plan_tools(body, front.config)
+    # With "none" the model must not even see the tools, or it calls them in prose.
     shown = body.tools if body.tool_choice != "none" else None
     text, ids = await chat_prompt(
         front,
@@ -85,7 +85,7 @@ async def chat_completions(request: Request) -> Response:
     )
     check_prompt_ids(ids, front.client.vocab_size, "messages")
     sampling = _sampling(front, body, plan, len(ids))
-    generation = Generation(front, engine_request(request, front, body, new_id("chatcmpl"), engine_model, ids, sampling))
+    generation = Generation(front, engine_request(request, body, new_id("chatcmpl"), engine_model, ids, sampling))
     chat = Chat(front, body, model, generation, text, plan)
     if stream:
         return EventStream(_chunks(chat), front.config)
@@ -105,6 +105,7 @@ def _sampling(front: Front, body: ChatRequest, plan: ToolPlan, n_prompt: int) ->
         "structured_outputs": structured_of(body, lambda: constraint_of(body, plan)),
     }
     if plan.special_tokens:
+        # The parser looks for markers that are special tokens; end tokens stay hidden all the same.
         fixed["skip_special_tokens"] = False
     return sampling_of(body, front.client, front.config.default_sampling_params, **fixed)
 
@@ -143,6 +144,7 @@ async def _chunks(chat: Chat) -> AsyncIterator[bytes]:
         async for delta in stream:
             if not opened:
                 opened = True
+                # With the first token, not before: a stream that starts has been admitted.
                 for i in range(len(chat.answers)):
                     yield chunk([_choice(i, {"role": "assistant", "content": ""})])
             turn = chat.answers[delta.branch].push(delta)

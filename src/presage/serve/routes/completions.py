@@ -101,10 +101,11 @@ async def completions(request: Request) -> Response:
         room = output_room(1 if call.silent else asked_tokens(body), DEFAULT_MAX_TOKENS, len(prompt), front.client.max_model_len)
         fixed: dict[str, Any] = {"max_tokens": room, "logprobs": body.logprobs, "structured_outputs": structured}
         if body.echo and body.logprobs is not None:
+            # Echoed log-probabilities are the prompt's, which the engine only computes when asked.
             fixed["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
         sampling = sampling_of(body, front.client, front.config.default_sampling_params, **fixed)
         name = call.name if len(prompts) == 1 else f"{call.name}-{i}"
-        call.generations.append(Generation(front, engine_request(request, front, body, name, engine_model, prompt, sampling)))
+        call.generations.append(Generation(front, engine_request(request, body, name, engine_model, prompt, sampling)))
     if stream:
         return EventStream(_chunks(call), front.config)
     answer = await while_connected(request, _whole(call))
@@ -139,6 +140,7 @@ async def _chunks(call: Call) -> AsyncIterator[bytes]:
     last_usage = bool(options and options.include_usage)
     each_usage = bool(options and options.continuous_usage_stats)
     seen: set[tuple[int, int]] = set()
+    # Closed by hand below: a generator left to the garbage collector would abort its requests late.
     stream = merged(call.generations)
     try:
         async for which, delta in stream:

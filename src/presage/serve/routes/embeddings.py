@@ -39,11 +39,11 @@ async def embeddings(request: Request) -> Response:
     body = await front.bodies.read(request, EmbeddingRequest)
     model, engine_model = front.model(body.model)
     prompts = await encode_prompts(front, body.input, body.add_special_tokens is not False, "input")
-    name, tenant = new_id("embd"), tenant_of(request)
+    name = new_id("embd")
     generations = []
     for i, prompt in enumerate(prompts):
         _check_length(front, prompt)
-        generations.append(Generation(front, _request(front, body, f"{name}-{i}", engine_model, prompt, tenant)))
+        generations.append(Generation(front, _request(request, body, f"{name}-{i}", engine_model, prompt)))
     vectors = await while_connected(request, _vectors(generations, body))
     if vectors is None:
         return Response(status_code=499)
@@ -53,12 +53,14 @@ async def embeddings(request: Request) -> Response:
     return Response(encode({**answer, "usage": {"prompt_tokens": n, "total_tokens": n}}), media_type="application/json")
 
 
-def _request(front: Front, body: EmbeddingRequest, name: str, model: str, prompt: list[int], tenant: str) -> EngineRequest:
+def _request(http: Request, body: EmbeddingRequest, name: str, model: str, prompt: list[int]) -> EngineRequest:
+    tenant = tenant_of(http)
     return EngineRequest(
         id=name,
         prompt=ids_array(prompt),
+        # Nothing is sampled for this kind; the field only has to be valid.
         sampling=SamplingParams(max_tokens=1),
-        arrival=front.clock(),
+        arrival=http.state.arrived,
         kind=Kind.EMBED,
         model=model,
         tenant=tenant,

@@ -129,6 +129,7 @@ class ToolParser:
     def begin(self, name: str) -> None:
         """A call starts."""
         self.index += 1
+        # White space between a sentence and its call belongs to the format, not to the answer.
         self.space = ""
         self.out.append(ToolDelta(self.index, self.make_id(), name))
 

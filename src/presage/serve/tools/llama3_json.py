@@ -20,6 +20,7 @@ class Llama3JsonParser(ToolParser):
         lead = self.buf[: len(self.buf) - len(stripped)]
         if stripped.startswith(TAG):
             lead, stripped = lead + TAG, stripped.removeprefix(TAG)
+        # The decision is final: a brace later in an answer is just a brace.
         elif stripped[0] != "{":
             self.state = self.plain
             return True

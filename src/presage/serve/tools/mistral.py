@@ -1,4 +1,4 @@
-"""Mistral: ``[TOOL_CALLS][{"name": ..., "arguments": {...}}]``, and since v11 ``[TOOL_CALLS]name[ARGS]{...}`` once per call."""
+"""Mistral: ``[TOOL_CALLS][{"name": ..., "arguments": {...}}]``, later ``[TOOL_CALLS]name[ARGS]{...}`` once per call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from presage.serve.tools.array import ArrayParser
 from presage.serve.tools.base import partial
 from presage.serve.tools.scan import ValueScanner
 
-MARK, ARGS = "[TOOL_CALLS]", "[ARGS]"
-_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+MARK = "[TOOL_CALLS]"
+_HEAD = re.compile(r"\s*([A-Za-z0-9_.\-]{1,128})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*")
 
 
 class MistralParser(ArrayParser):
@@ -44,15 +44,16 @@ class MistralParser(ArrayParser):
         if self.buf[0] == "[":
             return self.array(MARK)
         head, brace, rest = self.buf.partition("{")
-        name = head.strip().removesuffix(ARGS).strip()
+        # Without a brace yet, up to 256 characters may still be a name.
+        found = _HEAD.fullmatch(head)
         if not brace and len(head) <= 256:
             return False
         self.opened = ""
-        if not brace or not _NAME.fullmatch(name):
+        if not brace or found is None:
             self.content(MARK)
             self.state = self.start
             return True
-        self.begin(name)
+        self.begin(found[1])
         self.buf, self.value, self.state = brace + rest, ValueScanner(), self.raw_arguments
         return True
 

@@ -34,6 +34,7 @@ class PythonicParser(ToolParser):
 
     def inside(self) -> bool:
         """State: looks for the closing bracket outside of strings."""
+        # The position is kept between chunks, or a long list would be read again for every token.
         while self.at < len(self.buf) and self.at < MAX_CHARS:
             char = self.buf[self.at]
             self.at += 1
@@ -92,6 +93,7 @@ def _literal(node: ast.expr) -> Any:
         return {str(_literal(k)): _literal(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(v) for v in node.elts]
+    # Literals only: names, calls and operators raise, so nothing of the model's text is ever run.
     value = ast.literal_eval(node)
     if not isinstance(value, str | int | float | bool | None):
         raise ValueError("not a JSON value")

@@ -103,6 +103,7 @@ class CallScanner:
             return at
         end = value.feed(text, at)
         piece = text[at:end]
+        # Objects and lists stream as they are written; a string must be whole before it can be decoded.
         live = self._state == "value" and self._key in ("arguments", "parameters") and value.kind in ("{", "[")
         if live:
             self._write(piece)
@@ -126,6 +127,7 @@ class CallScanner:
 
     def _named(self, name: object) -> None:
         if not isinstance(name, str) or not name or self.name or (self.known is not None and name not in self.known):
+            # A second name or an unknown one: once handed out, a call cannot be taken back.
             self.failed = not self.name
             return
         self.name = name

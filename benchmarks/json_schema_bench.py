@@ -1,6 +1,6 @@
 """Structured output over a subset of JSONSchemaBench with the bundled model.
 
-    python benchmarks/jsonschema.py [--every 8] [--temperature 1.0] [--max-tokens 512] [--model presage-tiny]
+    python benchmarks/json_schema_bench.py [--every 8] [--temperature 1.0] [--max-tokens 512] [--model presage-tiny]
 
 Prints how many schemas are refused (and for which keyword), how many outputs finish within the limit, how many of those
 validate (``jsonschema``), and the time of one mask. Every finished output must validate; the exit status is 1 if one does not.
@@ -18,9 +18,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-# Run as a script, this folder comes first on the path and this file would hide the package of the same name.
-sys.path.remove(str(Path(__file__).resolve().parent))
 
 import jsonschema
 import numpy as np
