@@ -27,17 +27,18 @@ reference: $(VENV)/.dev
 # torch goes first and pinned, so that no other requirement chooses its build.
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Presage needs Python 3.11 or later; name one with PYTHON=...")'
+	@echo "installing into $(VENV); the first time takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
 	touch $@
 
 $(VENV)/.serve: pyproject.toml $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[serve]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[serve]"
 	touch $@
 
 # The dev extra contains serve, so a later `make demo` has nothing left to install.
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[dev]"
 	touch $(VENV)/.serve $@
 
 clean:

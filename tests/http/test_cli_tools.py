@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from presage.serve import cli
 from presage.serve.cli import main
 from presage.serve.cli_batch import fault, finished_ids
 from presage.serve.cli_env import variables
@@ -115,3 +116,30 @@ def test_collect_env_names_versions_and_hides_keys(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PRESAGE_API_KEY", "secret")
     monkeypatch.setenv("PRESAGE_PORT", "1")
     assert variables()["PRESAGE_API_KEY"] == "(hidden)" and variables()["PRESAGE_PORT"] == "1"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Configurations that ``presage serve`` would have served."""
+    found: list[Any] = []
+    monkeypatch.setattr(cli.app, "config", cli.app.config)
+    monkeypatch.setattr("presage.serve.main.serve_forever", lambda config, http: found.append((config, http)) or 0)
+    return found
+
+
+def test_a_flag_beats_the_environment_beats_the_file(started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "presage.yaml"
+    path.write_text("max-num-seqs: 5\nmax_waiting: 50\nport: 7\n")
+    monkeypatch.setenv("PRESAGE_MAX_WAITING", "60")
+    assert run("serve", "m", "--config", str(path)) == 0
+    assert run("serve", "m", "--config", str(path), "--max-waiting", "70", "--max-running-requests", "9") == 0
+    (first, http), (second, _) = started
+    assert (first.scheduler.max_num_seqs, first.scheduler.max_waiting, http.port, first.model.model) == (5, 60, 7, "m")
+    assert (second.scheduler.max_num_seqs, second.scheduler.max_waiting) == (9, 70)
+
+
+def test_an_unknown_key_of_the_file_is_an_error(started: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "presage.yaml"
+    path.write_text("nonsense: 5\n")
+    assert run("serve", "m", "--config", str(path)) != 0
+    assert not started

@@ -108,9 +108,7 @@ def test_prompt_logprobs_and_token_ids(client: openai.OpenAI) -> None:
 
 
 def test_usage_in_the_stream(client: openai.OpenAI) -> None:
-    parts = list(
-        client.completions.create(model=MODEL, prompt="x SAY:abc", max_tokens=9, stream=True, stream_options={"include_usage": True})
-    )
+    parts = list(client.completions.create(model=MODEL, prompt="x SAY:abc", max_tokens=9, stream=True, stream_options={"include_usage": True}))
     assert parts[-1].choices == [] and parts[-1].usage is not None and parts[-1].usage.completion_tokens > 0
     assert all(p.usage is None for p in parts[:-1])
     each = client.completions.create(

@@ -57,9 +57,7 @@ def test_embedding_options(url: str, engine: object) -> None:
     assert same.status_code == 200
     cut = httpx.post(url + "/v1/embeddings", json={"input": "a", "dimensions": size - 1})
     assert cut.status_code == 400 and cut.json()["error"]["param"] == "dimensions"
-    plain = httpx.post(url + "/v1/embeddings", json={"input": [5, 6, 7], "normalize": False, "pooling": "mean"}).json()["data"][0][
-        "embedding"
-    ]
+    plain = httpx.post(url + "/v1/embeddings", json={"input": [5, 6, 7], "normalize": False, "pooling": "mean"}).json()["data"][0]["embedding"]
     unit = struct.unpack(f"<{size}f", base64.b64decode(raw["data"][0]["embedding"]))
     length = math.sqrt(sum(x * x for x in plain))
     if not hasattr(engine, "seen"):

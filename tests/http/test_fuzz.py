@@ -102,7 +102,8 @@ def test_naughty_strings_in_every_text_field(strings: list[str], url: str) -> No
             body = {"messages": [{"role": "user", "content": s or "x", "name": s}], "tools": [tool], "max_tokens": 3}
             assert client.post(url + "/v1/chat/completions", json=body).status_code == 200
             for path in ("/v1/completions", "/v1/chat/completions"):
-                assert client.post(
-                    url + path, json={"model": s, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
-                ).status_code in (400, 404)
+                assert client.post(url + path, json={"model": s, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}).status_code in (
+                    400,
+                    404,
+                )
             assert client.get(url + "/v1/models/" + "".join(f"%{b:02x}" for b in s.encode())).status_code in (200, 404)

@@ -51,9 +51,7 @@ _STOPS = st.lists(st.sampled_from(["stop", "abcab", "é", "好", "\n\n", "END", 
 
 @settings(max_examples=200, deadline=None)
 @given(_TEXT, _STOPS, st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 4))
-def test_grouping_does_not_matter(
-    text: str, stops: list[str], sizes: list[int], include: bool, repeat: bool, ends: bool, least: int
-) -> None:
+def test_grouping_does_not_matter(text: str, stops: list[str], sizes: list[int], include: bool, repeat: bool, ends: bool, least: int) -> None:
     ids = tokenizer().encode(text, add_special_tokens=False) + ([tokenizer().eos_ids[-1]] if ends else [])
     sampling = SamplingParams(stop=list(stops), include_stop_str_in_output=include, min_tokens=least, max_tokens=1000)
     finish = "stop" if ends else "length"

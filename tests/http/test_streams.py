@@ -147,9 +147,7 @@ def test_request_ids(base: str) -> None:
 
 
 def test_same_request_id_twice_is_two_requests(base: str, echo: EchoEngine) -> None:
-    ids = {
-        httpx.post(base + "/v1/completions", json={"prompt": "x SAY:a"}, headers={"X-Request-Id": "same"}).json()["id"] for _ in range(2)
-    }
+    ids = {httpx.post(base + "/v1/completions", json={"prompt": "x SAY:a"}, headers={"X-Request-Id": "same"}).json()["id"] for _ in range(2)}
     assert len(ids) == 2
 
 

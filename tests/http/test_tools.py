@@ -87,9 +87,7 @@ def test_named_function_constrains_and_wraps(client: openai.OpenAI, engine: obje
 
 def test_required_constrains_to_an_array(client: openai.OpenAI, engine: object) -> None:
     text = '[{"name": "add", "parameters": {"a": 2}}]'
-    r = client.chat.completions.create(
-        model=MODEL, messages=say(text), tools=[WEATHER, ADD], tool_choice="required", parallel_tool_calls=False
-    )
+    r = client.chat.completions.create(model=MODEL, messages=say(text), tools=[WEATHER, ADD], tool_choice="required", parallel_tool_calls=False)
     calls = r.choices[0].message.tool_calls or []
     assert [(c.function.name, c.function.arguments) for c in calls] == [("add", '{"a": 2}')]  # type: ignore[union-attr]
     if hasattr(engine, "seen"):
@@ -139,9 +137,7 @@ def test_leaderboard_calls_come_back(chunk: int) -> None:
             for row in rows:
                 want = [(n, {k: v[0] for k, v in a.items()}) for call in answers[row["id"]]["ground_truth"] for n, a in call.items()]
                 text = "\n".join(f"<tool_call>\n{json.dumps({'name': n, 'arguments': a})}\n</tool_call>" for n, a in want)
-                tools: list[Any] = [
-                    {"type": "function", "function": {**f, "parameters": _json_schema(f["parameters"])}} for f in row["function"]
-                ]
+                tools: list[Any] = [{"type": "function", "function": {**f, "parameters": _json_schema(f["parameters"])}} for f in row["function"]]
                 _, calls, finish = gathered(client.chat.completions.create(model=MODEL, messages=say(text), tools=tools, stream=True))
                 assert [(c["name"], json.loads(c["arguments"])) for c in calls] == want and finish == "tool_calls"
 

@@ -23,44 +23,21 @@ class Emitter:
         self.table, self.requests, self.sink = table, requests, sink
         self.hits: dict[int, int] = {}
         self.out: list[Emission] = []
-        self.open: dict[int, Emission] = {}
+        self.steps: list[tuple[StepPlan, StepDone, NewIds, np.ndarray, Ints]] = []
+        self.ends: dict[int, tuple[Request, Emission]] = {}
 
     def put(self, plan: StepPlan, done: StepDone, new: NewIds, live: np.ndarray) -> None:
-        """Collect one step's ids; called before the loop ends slots, so each slot's last ids precede its terminal mark."""
-        self._seal()
-        ids, off, slots = new.ids.tolist(), new.off.tolist(), new.slot.tolist()
-        prompt_lp = done.exports.get("prompt_logprobs", {})
-        out = (self.table.out[new.slot] - np.diff(new.off)).tolist()
-        alive = live.tolist()
-        for s, slot in enumerate(slots):
-            if not alive[s] or (off[s] == off[s + 1] and s not in prompt_lp):
-                continue
-            req = self.requests[slot]
-            if req.sink != "client":
-                continue
-            logprobs = done.logprobs.get(s)
-            kept = ids[off[s] : off[s + 1]]
-            self.open[slot] = Emission(req.id, req.branch, out[s], kept, logprobs[: len(kept)] if logprobs else None)
-            if s in prompt_lp:
-                self.open[slot].prompt_logprobs = prompt_lp[s]
-        for s, vector in done.exports.get("pooled", {}).items():
-            if alive[s] and plan.want[s] & _EXIT and self.requests[slots[s]].sink == "client":
-                req = self.requests[slots[s]]
-                self.open[slots[s]] = Emission(req.id, req.branch, 0, [], pooled=np.asarray(vector, np.float32).tolist())
+        """Keep one step's ids; called before the loop ends slots, so each slot's last ids precede its terminal mark."""
+        self.steps.append((plan, done, new, live, self.table.out[new.slot] - new.off[1:] + new.off[:-1]))
 
     def last(self, slot: int, finish: Finish, stop: int | str | None, error: tuple[str, str, int] | None) -> None:
-        """The terminal emission of a slot; joins this step's ids if there are any."""
+        """The terminal emission of a slot; ``flush`` joins it with this turn's ids if there are any."""
         t, req = self.table, self.requests[slot]
-        if req.sink != "client":
-            self.hits.pop(slot, None)
-            return
-        e = self.open.get(slot)
-        if e is None:
-            e = self.open[slot] = Emission(req.id, req.branch, int(t.out[slot]), [])
-        e.finish, e.stop, e.error = finish.name.lower(), stop, error
+        e = Emission(req.id, req.branch, int(t.out[slot]), [], None, finish.name.lower(), stop, error)
         e.n_prompt, e.n_cached = int(t.prompt[slot]), self.hits.pop(slot, 0)
         e.times = (float(t.arrival[slot]), float(t.t_start[slot]), float(t.t_first[slot]))
         e.preemptions = int(t.preempted[slot])
+        self.ends[slot] = (req, e)
 
     def refuse(self, req: Request, branch: int, error: PresageError) -> None:
         """A terminal emission for a request that took no slot."""
@@ -72,10 +49,10 @@ class Emitter:
 
     def injected(self, slot: int, ids: Ints) -> None:
         """Ids that a program appended."""
-        self._seal()
+        self._build(final=False)
         req = self.requests[slot]
         if req.sink == "client":
-            self.open[slot] = Emission(req.id, req.branch, int(self.table.out[slot]) - len(ids), ids.tolist())
+            self.out.append(Emission(req.id, req.branch, int(self.table.out[slot]) - len(ids), ids.tolist()))
 
     def sent(self, slot: int) -> int:
         """Output ids the client has or will have: all of them, since a step's ids are sent when it settles."""
@@ -83,12 +60,43 @@ class Emitter:
 
     def flush(self) -> None:
         """Send what was collected. Tokens of requests whose sink is a program go to nobody here."""
-        self._seal()
+        if self.steps or self.ends:
+            self._build(final=True)
         if self.out:
             out, self.out = self.out, []
             self.sink(out)
 
-    def _seal(self) -> None:
-        if self.open:
-            self.out.extend(self.open.values())
-            self.open = {}
+    def _build(self, final: bool) -> None:
+        open_: dict[int, Emission] = {}
+        for step in self.steps:
+            self._collect(open_, *step)
+        self.steps = []
+        if final:
+            for slot, (req, end) in self.ends.items():
+                e = open_.get(slot)
+                if req.sink != "client":
+                    continue
+                if e is None:
+                    open_[slot] = end
+                    continue
+                e.finish, e.stop, e.error, e.n_prompt, e.n_cached = end.finish, end.stop, end.error, end.n_prompt, end.n_cached
+                e.times, e.preemptions = end.times, end.preemptions
+            self.ends = {}
+        self.out.extend(open_.values())
+
+    def _collect(self, open_: dict[int, Emission], plan: StepPlan, done: StepDone, new: NewIds, live: np.ndarray, out: Ints) -> None:
+        ids, off, slots, at, alive = new.ids.tolist(), new.off.tolist(), new.slot.tolist(), out.tolist(), live.tolist()
+        prompts, pooled = done.exports.get("prompt_logprobs", {}), done.exports.get("pooled", {})
+        for s, slot in enumerate(slots):
+            if not alive[s] or (off[s] == off[s + 1] and s not in prompts and s not in pooled):
+                continue
+            req = self.requests.get(slot) or self.ends[slot][0]
+            if req.sink != "client":
+                continue
+            if slot in open_:  # two steps settled in one turn
+                self.out.append(open_.pop(slot))
+            kept, logprobs = ids[off[s] : off[s + 1]], done.logprobs.get(s)
+            e = open_[slot] = Emission(req.id, req.branch, at[s], kept, logprobs[: len(kept)] if logprobs else None)
+            e.prompt_logprobs = prompts.get(s)
+            if s in pooled and plan.want[s] & _EXIT:
+                e.pooled = np.asarray(pooled[s], np.float32).tolist()

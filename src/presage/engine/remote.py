@@ -115,19 +115,20 @@ class RemoteEngine:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Stop the process: ask, then terminate, then kill."""
+        """Stop the process: ask, and kill it if it does not within two seconds."""
         self.closing = True
         self._send("stop", None)
         if self.task is not None:
             self.task.cancel()
         process = self.process
         if process is not None:
-            for end in (lambda: None, process.terminate, process.kill):
-                end()
-                for _ in range(100):
-                    if process.poll() is not None:
-                        break
-                    await asyncio.sleep(0.02)
+            for _ in range(100):
+                if process.poll() is not None:
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                process.kill()
+                process.wait()
         self.context.destroy(linger=0)
         self.folder.cleanup()
 

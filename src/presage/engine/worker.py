@@ -111,7 +111,8 @@ def main() -> None:
     from presage.kernels.cpu.environment import prepare_environment
 
     prepare_environment()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front decides what it means
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may go to the whole group; the front drains and then says stop
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("PRESAGE_LOGGING_LEVEL", "INFO").upper(), format="%(levelname)s %(name)s: %(message)s")
     worker = Worker(sys.argv[1], sys.argv[2])
     worker.serve(EngineConfig.model_validate_json(sys.stdin.read()))

@@ -172,8 +172,10 @@ class SlotState:
         self._executor = executor
 
     def open(self, slot: int, req: Request) -> None:
-        """A request took the slot."""
+        """A request took the slot; it may ask for its own pooling."""
         self.close(slot)
+        if (asked := req.extras.get("pooling")) in ("mean", "last"):
+            self._executor.pool.asked[slot] = asked
 
     def advance(self, new: NewIds) -> None:
         """Nothing here depends on ids."""

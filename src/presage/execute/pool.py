@@ -13,10 +13,11 @@ Pooling = Literal["mean", "last"]
 
 
 class Pool:
-    """Running pools by slot. A chunk that does not continue the previous one starts the slot's pool anew (preemption, a new request)."""
+    """Running pools by slot. ``asked`` holds slots whose request wants another pooling than ``kind``. A chunk that does not continue the previous one starts the slot's pool anew (preemption, a new request)."""
 
     def __init__(self, kind: Pooling) -> None:
         self.kind = kind
+        self.asked: dict[int, Pooling] = {}
         self._next: dict[int, int] = {}
         self._sum: dict[int, np.ndarray] = {}
         self._count: dict[int, int] = {}
@@ -30,10 +31,10 @@ class Pool:
         # One row at a time: the order of the sum is that of the tokens, wherever the prompt was cut.
         total = self._sum[slot] = np.add.accumulate(np.concatenate([self._sum[slot][None], rows]))[-1]
         self._count[slot] += len(rows)
-        pooled = rows[-1] if self.kind == "last" else total / self._count[slot]
+        pooled = rows[-1] if self.asked.get(slot, self.kind) == "last" else total / self._count[slot]
         return (pooled / max(float(np.sqrt(pooled @ pooled)), 1e-12)).astype(np.float32)
 
     def drop(self, slot: int) -> None:
         """Forget a slot."""
-        for table in (self._next, self._sum, self._count):
+        for table in (self._next, self._sum, self._count, self.asked):
             table.pop(slot, None)  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import msgspec
 from presage.core.errors import RequestError
 from presage.serve.front import Front
 from presage.serve.protocol.chat import MediaPart, Message, Tool
+from presage.tokenize import ChatTemplate
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
@@ -38,10 +39,31 @@ async def chat_prompt(
     switches = {"add_generation_prompt": generation_prompt, "continue_final_message": continue_final}
 
     def work() -> tuple[str, list[int]]:
-        text = template.render(turns, tools=listed, **switches, **(options or {}))
+        text = render_turns(template, turns, {"tools": listed, **switches, **(options or {})})
         return text, client.tokenizer.encode(text, add_special_tokens=special)
 
     return await front.off_loop(sum(len(str(t.get("content") or "")) for t in turns), work)
+
+
+def render_turns(template: ChatTemplate, turns: list[dict[str, Any]], names: dict[str, Any]) -> str:
+    """Tool arguments as objects, which most templates print as JSON; some (functionary) add them to a string and need the text."""
+    try:
+        return template.render(turns, **names)
+    except RequestError:
+        if not any(turn.get("tool_calls") for turn in turns):
+            raise
+    return template.render([_with_argument_text(turn) for turn in turns], **names)
+
+
+def _with_argument_text(turn: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in turn:
+        return turn
+    calls = [{**c, "function": {**c["function"], "arguments": _as_text(c["function"]["arguments"])}} for c in turn["tool_calls"]]
+    return {**turn, "tool_calls": calls}
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
 
 
 def plain_message(message: Message, index: int) -> dict[str, Any]:
