@@ -36,6 +36,7 @@ class Bench:
         drafter: Any = None,
         length: Any = None,
         max_drafts: int = 0,
+        lanes: int = 1,
         **settings: Any,
     ) -> None:
         self.config = EngineConfig.of(**settings)
@@ -50,12 +51,13 @@ class Bench:
             content=content,
             max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens,
         )
+        more = [BlockManager(geometry, max_len=max_len + 64, prefix_caching=False) for _ in range(lanes - 1)]
         config = loop_config(self.config, max_len)
         config.max_drafts = max_drafts
         self.loop = Loop(
             config,
             self.executor,
-            [self.kv],
+            [self.kv, *more],
             scheduler or make_scheduler(self.config.scheduler),
             Cutter(table, requests, list(eos)),
             Emitter(table, requests, self.emissions.extend),

@@ -37,9 +37,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(kind=st.sampled_from(sorted(GEOMETRIES)), blocks=st.integers(13, 24))
     def start(self, kind: str, blocks: int) -> None:
         groups = GEOMETRIES[kind]
-        self.kv = BlockManager(
-            KVGeometry(groups=groups, num_blocks=(blocks,) * len(groups)), 2, max_len=MAX_LEN, max_num_batched_tokens=MAX_LEN
-        )
+        self.kv = BlockManager(KVGeometry(groups=groups, num_blocks=(blocks,) * len(groups)), 2, max_len=MAX_LEN, max_num_batched_tokens=MAX_LEN)
         self.memory = [[[POISON] * BT for _ in range(blocks)] for _ in groups]
         self.ids: dict[int, list[int]] = {}
         self.salt: dict[int, bytes] = {}

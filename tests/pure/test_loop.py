@@ -284,3 +284,34 @@ def test_layered_prefill_climbs_the_staircase() -> None:
     assert {(0, 2), (2, 4), (4, 6), (6, 8), (0, 8)} <= seen
     assert b.output("long") == expected(200, 3) and b.output("short") == expected(5, 30)
     b.loop.receiver.audit()
+
+
+class Companioned(Fcfs):
+    """Keeps lane 1 (a second model) close behind the lead lane."""
+
+    def plan(self, view: Any, budget: Any) -> Grants:
+        g = super().plan(view, budget)
+        t = view.table
+        lag = [(s, int(t.known[s] - 1 - t.computed[s, 1])) for s in view.ready.tolist() if t.inflight[s] == 0]
+        lag = [(s, min(n, 16)) for s, n in lag if n > 0]
+        more = Grants.of([s for s, _ in lag], [n for _, n in lag], view.layers)
+        more.lane[:] = 1
+        for name in ("slot", "tokens", "draft", "start", "lane", "layer0", "layer1"):
+            setattr(g, name, np.concatenate([getattr(more, name), getattr(g, name)]))
+        return g
+
+
+def test_a_lagging_lane_is_caught_up_by_its_own_passes() -> None:
+    b = Bench(executor=NullExecutor(null_geometry(64), rule=rule), scheduler=Companioned(SchedulerConfig()), lanes=2, async_scheduling=False)
+    b.add("a", 60, max_tokens=20)
+    b.add("b", 30, max_tokens=25)
+    slot, seen = b.loop.receiver.by_id["a"][0], []
+    for _ in range(80):
+        b.turn()
+        if "a" in b.loop.receiver.by_id:
+            seen.append(tuple(b.loop.table.computed[slot, :2].tolist()))
+    b.drain()
+    assert b.output("a") == expected(60, 20) and b.output("b") == expected(30, 25)
+    assert seen[-1][1] > 60 and seen[-1][0] - seen[-1][1] < 20, seen
+    b.loop.receiver.audit()
+    assert all(kv.usage()["used"] == 0 for kv in b.loop.lanes)

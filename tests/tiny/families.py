@@ -25,6 +25,7 @@ LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_mqa_tied_bias": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama_head_24": ("llama", {"head_dim": 24, "attention_bias": True}),
     "llama_rope_llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama_rope_yarn": ("llama", {"rope_parameters": YARN_ROPE}),
     "llama_rope_linear": ("llama", {"rope_parameters": LINEAR_ROPE}),

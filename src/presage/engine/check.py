@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from presage.core.errors import PolicyError
@@ -18,7 +20,7 @@ _REASONS = {
 }
 
 
-def check_grants(g: Grants, view: EngineView, budget: Budget, kv: KVCache) -> None:
+def check_grants(g: Grants, view: EngineView, budget: Budget, lanes: Sequence[KVCache]) -> None:
     """Raises PolicyError unless: rows within budget, slots grantable, tokens within the gap, drafts within ask, blocks within the ledger."""
     if not len(g):
         return
@@ -32,7 +34,7 @@ def check_grants(g: Grants, view: EngineView, budget: Budget, kv: KVCache) -> No
     if code < 0:
         for i in np.flatnonzero((g.start >= 0) | (g.layer0 != 0) | (g.layer1 != view.layers)).tolist():
             _check_rectangle(g, i, view)
-    _check_blocks(g, view, kv)
+    _check_blocks(g, view, lanes)
 
 
 def _check_rectangle(g: Grants, i: int, view: EngineView) -> None:
@@ -44,11 +46,17 @@ def _check_rectangle(g: Grants, i: int, view: EngineView) -> None:
         raise PolicyError(f"slot {slot}: tokens [{a}, {a + int(g.tokens[i])}) x layers [{g.layer0[i]}, {g.layer1[i]}) breaks the staircase")
 
 
-def _check_blocks(g: Grants, view: EngineView, kv: KVCache) -> None:
-    ledger = kv.ledger()
-    for slot in g.evict.tolist():
-        ledger.give(slot)
-    base = np.where(g.start < 0, view.computed[g.slot], g.start)
-    need = ledger.need(g.slot, base + g.tokens + g.draft).sum(0)
-    if (need > ledger.free).any():
-        raise PolicyError(f"the plan needs {need.tolist()} blocks and {ledger.free.tolist()} are free")
+def _check_blocks(g: Grants, view: EngineView, lanes: Sequence[KVCache]) -> None:
+    for lane, kv in enumerate(lanes):
+        mine = g.lane == lane
+        part = g if mine.all() else g.select(mine)
+        if not len(part):
+            continue
+        ledger = kv.ledger()
+        for slot in g.evict.tolist():
+            ledger.give(slot)
+        frontier = view.computed if lane == 0 else view.table.computed[:, lane]
+        base = np.where(part.start < 0, frontier[part.slot], part.start)
+        need = ledger.need(part.slot, base + part.tokens + part.draft).sum(0)
+        if (need > ledger.free).any():
+            raise PolicyError(f"the plan needs {need.tolist()} blocks of lane {lane} and {ledger.free.tolist()} are free")

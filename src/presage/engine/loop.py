@@ -202,7 +202,7 @@ class Loop:
             ask = self.length.ask(view, self.drafter.hint(view))
             self.table.ask[: len(ask)] = np.minimum(ask, np.maximum(self.table.limit - view.known - 1, 0)[: len(ask)])
         grants = policy.plan(view, self.budget)
-        check_grants(grants, view, self.budget, self.kv)
+        check_grants(grants, view, self.budget, self.lanes)
         return grants
 
     def launchable(self, g: Grants) -> np.ndarray:

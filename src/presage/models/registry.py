@@ -9,6 +9,7 @@ import torch
 from presage.core.errors import ConfigError, UnsupportedModel
 from presage.layers.ops import Ops
 from presage.models.base import Model, Progress
+from presage.models.pad import padded
 from presage.models.params import parse
 from presage.models.weights import Checkpoint, Weights
 
@@ -32,5 +33,5 @@ def build_model(
     if dtype != ops.dtype:
         raise ConfigError(f"weights of type {dtype} for kernels of type {ops.dtype}", param="dtype")
     cls = family(params.model_type)
-    weights = Weights(checkpoint, cls.names, cls.roots, cls.shapes(params))
+    params, weights = padded(params, Weights(checkpoint, cls.names, cls.roots, cls.shapes(params)))
     return cls(params, weights, ops, getattr(checkpoint, "fingerprint", b""), progress)

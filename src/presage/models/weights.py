@@ -85,6 +85,10 @@ class Weights:
         path = self._names[part].format(i=layer, e=expert) + suffix
         return self._root + path.removeprefix(self._plain) if path.startswith(self._plain) else path
 
+    def knows(self, part: str) -> bool:
+        """Does the family have such a part?"""
+        return part in self._names
+
     def has(self, part: str, layer: int = 0, suffix: str = ".weight") -> bool:
         """Is the tensor in the checkpoint?"""
         return part in self._names and self.name(part, layer, suffix) in self._present
