@@ -21,7 +21,12 @@ from typing import Any
 
 import numpy as np
 
-CASES = (("decode, batch 1", 1, 32, (16, 80)), ("decode, batch 4", 4, 32, (16, 80)), ("decode, batch 16", 16, 32, (16, 80)), ("prefill 1024", 1, 1024, ()))
+CASES = (
+    ("decode, batch 1", 1, 32, (16, 80)),
+    ("decode, batch 4", 4, 32, (16, 80)),
+    ("decode, batch 16", 16, 32, (16, 80)),
+    ("prefill 1024", 1, 1024, ()),
+)
 
 
 def prompts(batch: int, length: int, seed: int) -> list[list[int]]:

@@ -13,7 +13,9 @@ Pooling = Literal["mean", "last"]
 
 
 class Pool:
-    """Running pools by slot. ``asked`` holds slots whose request wants another pooling than ``kind``. A chunk that does not continue the previous one starts the slot's pool anew (preemption, a new request)."""
+    """Running pools by slot. ``asked`` holds slots whose request wants another pooling than ``kind``.
+
+    A chunk that does not continue the previous one starts the slot's pool anew (preemption, a new request)."""
 
     def __init__(self, kind: Pooling) -> None:
         self.kind = kind

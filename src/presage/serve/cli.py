@@ -189,4 +189,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Run as a file this module is a second copy; the commands are registered on the imported one.
+    from presage.serve.cli import main as imported_main
+
+    imported_main()

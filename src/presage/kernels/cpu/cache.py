@@ -41,6 +41,7 @@ from numba.core import compiler, registry, serialize, types
 from numba.core import config as numba_config
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.runtime import rtsys
 
 Progress = Callable[[int, int, str], None]
 config: Any = numba_config  # its attributes are set at run time
@@ -148,6 +149,9 @@ class Kernel:
         return cache_directory() / toolchain / f"{self._factory.__module__}.{self.name}-{sources}.bin"
 
     def _read(self) -> Any:
+        # A kernel from disk may be the first compiled thing in the process: without numba's runtime its calls of memset stay
+        # unresolved, and LLVM then leaves every later address of the module zero.
+        rtsys.initialize(registry.cpu_target.target_context)
         try:
             payload = pickle.loads(self._path().read_bytes())
             compiled = compiler.CompileResult._rebuild(registry.cpu_target.target_context, *payload)

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from llvmlite import ir
-from numba.core import cgutils, registry, types
-from numba.core.runtime import rtsys
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from presage.kernels.cpu.isa import current_isa
@@ -193,9 +192,6 @@ def _pv_tile(typingctx, mr, nc, half, masked, p, v, stride, keys, acc, acc_strid
 
     return _emit(types.void(mr, nc, half, masked, *[types.int64] * 8), body)
 
-
-# A kernel read from disk may call memset; in a process that has compiled nothing, LLVM can resolve that only after numba's runtime is up.
-rtsys.initialize(registry.cpu_target.target_context)
 
 # Typed as Any: for a type checker the builders' first parameter, which callers do not pass, would be missing in every call.
 mask_of: Any = intrinsic(_mask_of)
