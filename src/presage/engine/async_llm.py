@@ -13,10 +13,11 @@ from presage.core.errors import EngineDead, PresageError
 from presage.core.events import Drain
 from presage.core.request import Emission, Request
 from presage.core.sampling_params import SamplingParams
-from presage.engine.assemble import Assembler, error_of
+from presage.engine.assemble import Assembler
 from presage.engine.build import Engine, build_engine
 from presage.engine.inputs import Prompt, make_request, prompt_ids
 from presage.engine.outputs import CompletionOutput, RequestOutput
+from presage.engine.streams import until_ended
 from presage.tokenize.tokenizer import Tokenizer
 
 _log = logging.getLogger("presage.engine")
@@ -62,22 +63,19 @@ class EngineThread:
         queue: asyncio.Queue[Emission | PresageError] = asyncio.Queue()
         with self.lock:
             self.queues[request.id] = (asyncio.get_running_loop(), queue)
-        left = max(1, request.sampling.n)
+        ended = False
         try:
             self.engine.add(request)
-            while left:
-                item = await queue.get()
-                if isinstance(item, PresageError):
-                    raise item
-                if item.error is not None:
-                    left = 0
-                    raise error_of(item.error)
-                left -= bool(item.finish)
-                yield item
+            async for emission in until_ended(queue, request.sampling.n):
+                yield emission
+            ended = True
+        except PresageError:
+            ended = True
+            raise
         finally:
             with self.lock:
                 self.queues.pop(request.id, None)
-            if left:
+            if not ended:
                 self.engine.abort(request.id)
 
     def close(self) -> None:

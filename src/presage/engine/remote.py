@@ -25,6 +25,7 @@ from presage.core.errors import EngineDead, PresageError
 from presage.core.request import Emission, Request
 from presage.engine.assemble import error_of
 from presage.engine.journal import Journal
+from presage.engine.streams import until_ended
 from presage.engine.wire import pack, unpack
 
 RESTARTS, WITHIN = 5, 120.0
@@ -80,21 +81,17 @@ class RemoteEngine:
             raise self.failure
         entry = self.journal.open(request)
         self._send("add", request)
-        left = max(1, request.sampling.n)
+        ended = False
         try:
-            while left:
-                item = await entry.queue.get()
-                if isinstance(item, PresageError):
-                    left = 0
-                    raise item
-                if item.error is not None:
-                    left = 0
-                    raise error_of(item.error)
-                left -= bool(item.finish)
-                yield item
+            async for emission in until_ended(entry.queue, request.sampling.n):
+                yield emission
+            ended = True
+        except PresageError:
+            ended = True
+            raise
         finally:
             self.journal.close(request.id)
-            if left:
+            if not ended:
                 self._send("abort", request.id)
 
     async def abort(self, request_id: str) -> None:
