@@ -118,7 +118,8 @@ def test_torch_with_one_thread_does_not_shrink_the_team() -> None:
     torch.set_num_threads(1)
     try:
         team, out = Team(2), np.zeros(2, np.int64)
-        team.run(ranks_and_shares(), team.table(2).set(0, out.ctypes.data))
+        table = team.table(2)  # by name: a temporary would be freed while the kernel still counts in it
+        team.run(ranks_and_shares(), table.set(0, out.ctypes.data))
         assert (out == 1).all()
     finally:
         torch.set_num_threads(before)
