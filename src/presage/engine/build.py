@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from presage.cache.content import HashedContent
 from presage.cache.geometry import parse_bytes, size_pools
@@ -26,6 +27,8 @@ from presage.engine.replay import log_header, loop_config
 from presage.engine.stats import Stats
 from presage.engine.warm import warm_up
 from presage.schedule import make_scheduler
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -83,7 +86,9 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     from presage.tokenize.tokenizer import Tokenizer
 
     torch.set_num_threads(1)  # the kernels' team owns the cores; a torch operator must not open a second one
-    checkpoint, model, dtype = _load(config, progress)
+    # In a thread of its own: OpenMP keeps a pool per calling thread, and one left behind here would make the executor's count as
+    # oversubscribed, whose workers then sleep between kernels instead of waiting a moment (70 us a kernel instead of 2).
+    checkpoint, model, dtype = in_passing_thread(lambda: _load(config, progress))
     max_len = model.max_len
     geometry = _geometry(config, model, max_len)
     tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint, config.model.revision if config.model.tokenizer else None)
@@ -157,6 +162,12 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
             m.max_model_len,
         )
     return checkpoint, model, dtype
+
+
+def in_passing_thread(work: Callable[[], T]) -> T:
+    """Run something in a thread that ends with it; what it raises is raised here."""
+    with ThreadPoolExecutor(1, thread_name_prefix="presage-load") as pool:
+        return pool.submit(work).result()
 
 
 def thread_count(config: EngineConfig) -> int:

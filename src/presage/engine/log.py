@@ -141,9 +141,10 @@ class DecisionLog(NullLog):
             self.replayable = False
 
     def shut(self) -> None:
-        """Flush and close."""
-        self.flush()
-        if self.file is not None:
+        """Flush and close; a second call does nothing."""
+        if self.buffer or self.file is None:
+            self.flush()
+        if self.file is not None and not self.file.closed:
             self.file.close()
 
     def _frame(self, tag: str, body: Any) -> None:

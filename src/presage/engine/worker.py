@@ -55,6 +55,7 @@ class Worker:
         """Build the engine and run it until ``stop`` or the parent's end."""
         from presage.engine.build import build_engine
 
+        threading.Thread(target=self.watch, name="presage-parent", daemon=True).start()
         began = time.monotonic()
         try:
             self.engine = build_engine(config, self.emit, progress=True)
@@ -66,13 +67,19 @@ class Worker:
         self.engine.driver.run()
         self.engine.close()
 
+    def watch(self) -> None:
+        """End with the parent, also while the model loads: nobody else would."""
+        while os.getppid() == self.parent:
+            time.sleep(1.0)
+        os._exit(0)
+
     def info(self) -> dict[str, Any]:
         """The model's facts, for the front."""
         i = self.engine.info
         return {name: getattr(i, name) for name in i.__slots__}
 
     def listen(self) -> None:
-        """Take commands; beat; end with the parent."""
+        """Take commands; beat."""
         beat = 0.0
         while True:
             try:
@@ -83,8 +90,6 @@ class Worker:
             now = time.monotonic()
             if now - beat >= HEARTBEAT:
                 beat = now
-                if os.getppid() != self.parent:
-                    os._exit(0)
                 try:
                     self.send("beat", self.engine.stats())
                 except RuntimeError:  # a counter changed size while it was read; the next beat is near

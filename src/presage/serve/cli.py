@@ -185,6 +185,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left (``| head``)
+        sys.stderr.close()
+        sys.exit(141)
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -157,10 +157,14 @@ def make_panel(fmt: str, rows: int, vectors: int) -> Any:
     row_bytes = vectors * 64
 
     @device
-    def panel(weights, plane, x, stride, acc, count, steps, follow):  # type: ignore[no-untyped-def]
+    def tiles_of(count):  # type: ignore[no-untyped-def]
         left = count % rows
-        turns = count // rows + (left >> 2 & 1) + (left >> 1 & 1) + (left & 1)
-        ahead, turn, r = AHEAD, 0, 0
+        return count // rows + (left >> 2 & 1) + (left >> 1 & 1) + (left & 1)
+
+    @device
+    def panel(weights, plane, x, stride, acc, count, steps, follow, reach):  # type: ignore[no-untyped-def]
+        turns = tiles_of(count)
+        ahead, turn, r = reach, 0, 0
         if turns == 1:
             follow = ahead
         while r < count:
@@ -181,7 +185,7 @@ def make_panel(fmt: str, rows: int, vectors: int) -> Any:
             ahead = 0
             turn += 1
 
-    return panel
+    return panel, tiles_of
 
 
 def make_finish(columns: int) -> Any:
@@ -217,7 +221,7 @@ def make_finish(columns: int) -> Any:
 def gemm(fmt: str, rows: int, columns: int) -> Any:
     """Register tiles of `rows` x `columns` (a multiple of 16) over weights packed in blocks of `columns`."""
     vectors, line = columns // 16, columns * 4
-    panel, odd_word, finish = make_panel(fmt, rows, vectors), make_odd_word(fmt, vectors), make_finish(columns)
+    (panel, tiles_of), odd_word, finish = make_panel(fmt, rows, vectors), make_odd_word(fmt, vectors), make_finish(columns)
 
     @subroutine
     def chunk(table, acc, group, block, row, stop, following):  # type: ignore[no-untyped-def]
@@ -237,7 +241,14 @@ def gemm(fmt: str, rows: int, columns: int) -> Any:
             follow = length * 64
             if start + length == steps:
                 follow = following - at if following != 0 else 0
-            panel(at, plane, x + start * 4, stride, acc, stop - row, length, follow)
+            tail = AHEAD // 64
+            if follow != 0 and start + length == steps and length > tail and tiles_of(stop - row) == 1:
+                # A lone tile would look past the block's end here; it looks at the beginning of the next block instead.
+                head = length - tail
+                panel(at, plane, x + start * 4, stride, acc, stop - row, head, 0, AHEAD)
+                panel(at + head * 64, plane, x + (start + head) * 4, stride, acc, stop - row, tail, 0, following - weights - (steps - tail) * 64)
+            else:
+                panel(at, plane, x + start * 4, stride, acc, stop - row, length, follow, AHEAD)
             start += length
         if odd:
             odd_word(weights + steps * 64, plane, x + steps * 4, stride, acc, stop - row)
