@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--vllm-python")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--worker")
     args = parser.parse_args()
     if args.worker:
@@ -147,7 +148,7 @@ def main() -> None:
     theirs = Peer(args.vllm_python, "vllm", args.model) if args.vllm_python else None
     size = sum(os.path.getsize(os.path.join(args.model, f)) for f in os.listdir(args.model) if f.endswith(".safetensors"))
     rows = []
-    for case in CASES:
+    for case in (c for c in CASES if args.only in c[0]):
         pairs, reads = [], []
         for i in range(args.pairs):
             reads.append(float(subprocess.run([sys.executable, __file__, "-", "--worker", "read"], capture_output=True, text=True).stdout))

@@ -315,3 +315,27 @@ def test_a_lagging_lane_is_caught_up_by_its_own_passes() -> None:
     assert seen[-1][1] > 60 and seen[-1][0] - seen[-1][1] < 20, seen
     b.loop.receiver.audit()
     assert all(kv.usage()["used"] == 0 for kv in b.loop.lanes)
+
+
+@pytest.mark.parametrize("thinks", [3, 50])
+def test_thinking_budget_closes_the_thinking(thinks: int) -> None:
+    end = 5
+    b = Bench(executor=NullExecutor(null_geometry(64), rule=lambda s, p: end if p == 10 + thinks else 9))
+    req = Request(
+        id="t", prompt=np.arange(10, 20, dtype=np.int32), sampling=SamplingParams(max_tokens=30, thinking_budget=8), extras={"thinking_end_id": end}
+    )
+    b.turn(Arrive(req))
+    b.drain()
+    out = b.output("t")
+    assert len(out) == 30 and out.index(end) == min(thinks, 8) and b.finishes("t") == [(0, "length")]
+    b.loop.receiver.audit()
+
+
+def test_ids_injected_at_the_end_never_follow_the_finish() -> None:
+    b = Bench(executor=NullExecutor(null_geometry(64), rule=lambda s, p: 9))
+    req = Request(
+        id="t", prompt=np.arange(10, 20, dtype=np.int32), sampling=SamplingParams(max_tokens=8, thinking_budget=8), extras={"thinking_end_id": 5}
+    )
+    b.turn(Arrive(req))
+    b.drain()
+    assert b.output("t") == [9] * 8 and b.emissions[-1].finish == "length"

@@ -50,6 +50,12 @@ def test_a_real_run_replays(tmp_path: Path, level: str) -> None:
         SamplingParams(max_tokens=100, ignore_eos=True),
         SamplingParams(max_tokens=100, ignore_eos=True, seed=3),
     ]
+    from presage.core.request import Request
+
+    thinker = Request(id="t", prompt=np.arange(50, 60, dtype=np.int32), sampling=SamplingParams(max_tokens=20, thinking_budget=6, ignore_eos=True),
+                      extras={"thinking_end_id": 7})  # fmt: skip
+    if level == "tokens":
+        llm.engine.add(thinker)
     prompts = [f"def function_number_{i}(a, b, c):\n" * 4 for i in range(len(params))]
     llm.generate(prompts, params)
     llm.generate(prompts, params)

@@ -82,6 +82,10 @@ class DecisionLog(NullLog):
     def open(self, now: float, events: Sequence[Any]) -> None:
         """Remember the turn's inputs; events without facts of their own (Tick) are kept by name."""
         self._turn = [now, [encode_event(e, self.level) for e in events]]
+        if self.level == "shape" and any(isinstance(e, Arrive) and e.request.sampling.thinking_budget is not None for e in events):
+            # That program looks at ids, and this level keeps none.
+            self.replayable = False
+            self.note("unreplayable", "a thinking budget needs level tokens")
         self._names, self._cuts = [], []
 
     def close(self, loop: Loop, wake: Wake) -> Wake:
@@ -230,4 +234,5 @@ def _request(req: Request, level: str) -> dict[str, Any]:
         "min_tokens": p.min_tokens,
         "prompt_logprobs": p.prompt_logprobs,
         "flags": int(flags),
+        "thinking": [p.thinking_budget, req.extras.get("thinking_end_id")],
     }

@@ -14,6 +14,7 @@ from presage.core.protocols import Program
 from presage.core.request import Request
 from presage.core.types import At, Finish, Flag, Ints, State, Wait
 from presage.program.parallel import Parallel
+from presage.program.thinking import ThinkingBudget
 
 if TYPE_CHECKING:
     from presage.engine.loop import Loop
@@ -39,6 +40,8 @@ class Programs:
         elif req.sampling.n > 1 and req.branch == 0 and not req.extras.get("forked"):
             program = Parallel(req.sampling.n)
             self.unforked.add(slot)
+        elif req.sampling.thinking_budget is not None and "thinking_end_id" in req.extras:
+            program = ThinkingBudget(req.sampling.thinking_budget, int(req.extras["thinking_end_id"]))
         if program is not None:
             self._bind(slot, program)
             self.events.append((program, Started(slot, req)))
@@ -81,6 +84,8 @@ class Programs:
         slot = command.slot
         if slot not in self.loop.requests:
             return
+        if self.loop.table.state[slot] == State.ENDING and not isinstance(command, Fork):
+            return  # it ended meanwhile: nothing may follow its last emission, but its KV can still be shared
         if self.loop.table.inflight[slot]:
             self.parked.setdefault(slot, []).append(command)
             return

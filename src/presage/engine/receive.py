@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from presage.core.errors import AuditFailed, ContextTooLong, DeadlineMissed, Draining, NeverFits, Overloaded, PresageError
+from presage.core.errors import AuditFailed, ContextTooLong, DeadlineMissed, Draining, NeverFits, Overloaded, PresageError, RequestError
 from presage.core.events import Abort, Annotate, Arrive, Drain, Prioritise, ResetCache, Tick, Waited
 from presage.core.plan import Grants
 from presage.core.request import Request
@@ -101,6 +101,8 @@ class Receiver:
                 n_prompt_tokens=n,
                 n_ctx=loop.config.max_model_len,
             )
+        if req.sampling.n > 1 and req.sampling.thinking_budget is not None:
+            raise RequestError("thinking_budget works with n = 1 only", param="thinking_budget")
         for kv in loop.lanes:
             for g, total in zip(kv.geometry.groups, kv.geometry.num_blocks):
                 top = self._end(req) if not g.window else min(self._end(req), g.window + loop.config.max_num_batched_tokens + g.block_tokens)

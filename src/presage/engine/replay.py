@@ -135,6 +135,8 @@ def replay(folder: str | Path) -> int:
     for tag, body in frames:
         if tag == "d":
             waiting.append(msgspec.msgpack.encode(body))
+        elif tag == "n" and body[0] == "unreplayable":
+            raise ReplayMismatch(body[1])
         elif tag == "i":
             now, events, turn_names, cuts = body
             cutter.cuts.extend(cuts)
@@ -218,7 +220,12 @@ def _ids(value: bytes | int) -> np.ndarray:
 
 
 def _request(d: dict[str, Any]) -> Request:
-    sampling = SamplingParams(n=d["n"], max_tokens=d["max_tokens"], min_tokens=d["min_tokens"], prompt_logprobs=d["prompt_logprobs"])
+    sampling = SamplingParams(
+        n=d["n"], max_tokens=d["max_tokens"], min_tokens=d["min_tokens"], prompt_logprobs=d["prompt_logprobs"], thinking_budget=d["thinking"][0]
+    )
+    extras = {"flags": d["flags"] & int(Flag.STOP_STRINGS | Flag.GRAMMAR)}
+    if d["thinking"][1] is not None:
+        extras["thinking_end_id"] = d["thinking"][1]
     return Request(
         id=d["id"],
         prompt=_ids(d["prompt"]),
@@ -236,5 +243,5 @@ def _request(d: dict[str, Any]) -> Request:
         due_end=d["due"][2],
         program=d["program"],
         sink=d["sink"],
-        extras={"flags": d["flags"] & int(Flag.STOP_STRINGS | Flag.GRAMMAR)},
+        extras=extras,
     )

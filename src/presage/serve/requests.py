@@ -13,9 +13,11 @@ from presage.core.errors import RequestError
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
 from presage.serve.auth import salt_of
-from presage.serve.front import tenant_of
+from presage.serve.front import front_of, tenant_of
 from presage.serve.generate import Generation, ids_array
 from presage.serve.protocol.common import SLO, SamplingBody
+
+END_OF_THINKING = "</think>"
 
 
 def new_id(prefix: str) -> str:
@@ -26,6 +28,8 @@ def new_id(prefix: str) -> str:
 def engine_request(http: HttpRequest, body: SamplingBody, name: str, model: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
     """One request for the engine; deadlines count from the arrival of the body."""
     now, tenant = http.state.arrived, tenant_of(http)
+    if body.draft and body.draft.get("method", "none") != "none":
+        raise RequestError("this server was started without a drafter", param="draft")
     first, each, end = deadlines(body.slo, now)
     return Request(
         id=name,
@@ -42,7 +46,18 @@ def engine_request(http: HttpRequest, body: SamplingBody, name: str, model: str,
         due_first=first,
         due_each=each,
         due_end=end,
+        extras=thinking(http, sampling),
     )
+
+
+def thinking(http: HttpRequest, sampling: SamplingParams) -> dict[str, Any]:
+    """What the engine must know to end the thinking. Errors: a thinking budget for a model without an end-of-thinking token."""
+    if sampling.thinking_budget is None:
+        return {}
+    end = front_of(http).client.tokenizer.token_to_id(END_OF_THINKING)
+    if end is None:
+        raise RequestError(f"this model has no {END_OF_THINKING} token, so thinking_budget cannot be kept", param="thinking_budget")
+    return {"thinking_end_id": end}
 
 
 def deadlines(slo: SLO | None, now: float) -> tuple[float, float, float]:
