@@ -29,6 +29,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,10 @@ def subroutine(function: Callable[..., Any]) -> Any:
     """A helper that stays a call (large and rarely executed code): arguments and results are scalars and vectors."""
     # Said explicitly: numba hands `forceinline` down from a @device caller.
     return numba.njit(**_LEAN, forceinline=False)(function)
+
+
+IMPORTED = time.time()
+"""When this process began to import kernels."""
 
 
 def cache_directory() -> Path:
@@ -121,6 +126,12 @@ def _stamps(path: Path) -> tuple[str, str]:
     return toolchain_stamp(), sources_stamp(sources_of(path))
 
 
+@cache
+def edited_since_import(path: Path) -> bool:
+    """Was a source of this kernel written after the process began to import? Then what runs here may not be what the file says."""
+    return any(source.stat().st_mtime > IMPORTED for source in sources_of(path))
+
+
 class Kernel:
     """One compiled C callback `void (int64 table)`; compiled, or loaded from disk, when `address` is first read."""
 
@@ -148,7 +159,12 @@ class Kernel:
         toolchain, sources = _stamps(Path(inspect.getsourcefile(self._factory) or __file__))
         return cache_directory() / toolchain / f"{self._factory.__module__}.{self.name}-{sources}.bin"
 
+    def _edited(self) -> bool:
+        return edited_since_import(Path(inspect.getsourcefile(self._factory) or __file__))
+
     def _read(self) -> Any:
+        if self._edited():
+            return None
         # A kernel from disk may be the first compiled thing in the process: without numba's runtime its calls of memset stay
         # unresolved, and LLVM then leaves every later address of the module zero.
         rtsys.initialize(registry.cpu_target.target_context)
@@ -171,6 +187,8 @@ class Kernel:
         return compiled
 
     def _write(self, payload: bytes) -> None:
+        if self._edited():
+            return  # the stamp would name the new text, the code is of the old one
         path = self._path()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
