@@ -169,6 +169,14 @@ def test_too_long_prompt_gives_both_counts(client: openai.OpenAI) -> None:
         client.completions.create(model=MODEL, prompt=[5] * 2000, max_tokens=100)
 
 
+@pytest.mark.parametrize("field", [{"draft": {"method": "ngram"}}, {"thinking_budget": 12}])
+def test_what_this_server_cannot_do_is_refused(client: openai.OpenAI, field: dict[str, object]) -> None:
+    """No drafter is configured, and the bundled model has no end-of-thinking token: saying so beats ignoring the wish."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="x SAY:hi", extra_body=field)
+    assert caught.value.param == next(iter(field))
+
+
 def test_request_fields_reach_the_engine(client: openai.OpenAI, engine: object) -> None:
     extra = {
         "top_k": 7,
@@ -179,10 +187,9 @@ def test_request_fields_reach_the_engine(client: openai.OpenAI, engine: object) 
         "program_id": "p1",
         "stage": "s1",
         "cache_salt": "salty",
-        "draft": {"method": "ngram", "num_speculative_tokens": 3},
+        "draft": {"method": "none"},
         "bad_words": ["foo"],
         "guided_regex": "a+",
-        "thinking_budget": 12,
     }
     client.completions.create(model=MODEL, prompt="x SAY:hi", seed=5, extra_body=extra)
     seen = getattr(engine, "seen", None)
@@ -190,7 +197,7 @@ def test_request_fields_reach_the_engine(client: openai.OpenAI, engine: object) 
         pytest.skip("this engine does not show its requests")
     r = seen[-1]
     s = r.sampling
-    assert (s.top_k, s.min_p, s.repetition_penalty, s.seed, s.thinking_budget) == (7, 0.1, 1.1, 5, 12)
+    assert (s.top_k, s.min_p, s.repetition_penalty, s.seed) == (7, 0.1, 1.1, 5)
     assert s.structured_outputs.regex == "a+" and s.bad_words_ids
-    assert (r.priority, r.program, r.stage, r.draft["method"]) == (-3, "p1", "s1", "ngram")
+    assert (r.priority, r.program, r.stage, r.draft["method"]) == (-3, "p1", "s1", "none")
     assert r.salt != b"" and 0 < r.due_first - r.arrival < 0.51 and r.due_each == 0.05 and r.due_end > r.due_first

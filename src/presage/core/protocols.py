@@ -85,7 +85,8 @@ class KVCache(Protocol):
 
 class EngineView:
     """What a policy may read. Arrays are valid during the call only. ``ready``: grantable RUNNING slots in admission order;
-    ``queue``: QUEUED slots without wait bits, in arrival order; ``gap`` [C]: projected known - computed of the lead lane;
+    ``queue``: QUEUED slots without wait bits, in arrival order; ``free``: the ledger's free
+    blocks before the plan; ``gap`` [C]: projected known - computed of the lead lane;
     ``computed``, ``known`` [C]: as they will stand at launch (``known`` includes pending ids)."""
 
     now: float
@@ -93,6 +94,7 @@ class EngineView:
     layers: int
     table: Table
     ledger: Ledger
+    free: Longs
     ready: Ints
     queue: Ints
     gap: Ints

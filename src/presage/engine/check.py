@@ -52,11 +52,15 @@ def _check_blocks(g: Grants, view: EngineView, lanes: Sequence[KVCache]) -> None
         part = g if mine.all() else g.select(mine)
         if not len(part):
             continue
-        ledger = kv.ledger()
-        for slot in g.evict.tolist():
-            ledger.give(slot)
+        if lane == 0 and not len(g.evict):
+            ledger, free = view.ledger, view.free  # the policy took from this ledger; ``free`` is what it began with
+        else:
+            ledger = kv.ledger()
+            for slot in g.evict.tolist():
+                ledger.give(slot)
+            free = ledger.free
         frontier = view.computed if lane == 0 else view.table.computed[:, lane]
         base = np.where(part.start < 0, frontier[part.slot], part.start)
         need = ledger.need(part.slot, base + part.tokens + part.draft).sum(0)
-        if (need > ledger.free).any():
-            raise PolicyError(f"the plan needs {need.tolist()} blocks of lane {lane} and {ledger.free.tolist()} are free")
+        if (need > free).any():
+            raise PolicyError(f"the plan needs {need.tolist()} blocks of lane {lane} and {free.tolist()} are free")

@@ -21,7 +21,7 @@ class View(EngineView):
     def project(self, running: Ints, queue: Ints, ledger: Ledger, ahead: bool) -> View:
         """Set ``ready``, ``queue``, ``gap``, ``known`` and ``computed`` for a launch now, or (``ahead``) after the flight settled."""
         t = self.table
-        self.ledger, self.queue, self.running = ledger, queue, len(running)
+        self.ledger, self.free, self.queue, self.running = ledger, ledger.free.copy(), queue, len(running)
         if len(self.gap) != t.capacity:
             self.known, self.computed, self.gap = (np.empty(t.capacity, np.int32) for _ in range(3))
         busy = project(
