@@ -18,7 +18,6 @@ from presage.engine.build import Engine, build_engine
 from presage.engine.inputs import Prompt, make_request, prompt_ids
 from presage.engine.outputs import CompletionOutput, RequestOutput
 from presage.engine.streams import until_ended
-from presage.tokenize.tokenizer import Tokenizer
 
 _log = logging.getLogger("presage.engine")
 
@@ -97,7 +96,7 @@ class AsyncLLM:
         self.config = config
         self.runner = EngineThread(config, progress)
         info = self.runner.engine.info
-        self.tokenizer = Tokenizer.load(config.model.tokenizer or info.path, chat_template=config.model.chat_template)
+        self.tokenizer = self.runner.engine.tokenizer
         self.model_names = list(config.model.served_model_name) or [config.model.model]
         self.max_model_len, self.vocab_size, self.eos_ids = info.max_model_len, info.vocab_size, info.eos_ids
 

@@ -27,6 +27,7 @@ from presage.engine.replay import log_header, loop_config
 from presage.engine.stats import Stats
 from presage.engine.warm import warm_up
 from presage.schedule import make_scheduler
+from presage.tokenize.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class Engine:
     loop: Loop
     driver: WallDriver
     executor: Any
+    tokenizer: Tokenizer
     info: ModelInfo
     grammar: Grammars
     stats: Stats
@@ -83,7 +85,6 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     from presage.execute.executor import TorchExecutor
     from presage.execute.sampling.sampler import Sampler
     from presage.tokenize.stop_strings import StopStrings
-    from presage.tokenize.tokenizer import Tokenizer
 
     torch.set_num_threads(1)  # the kernels' team owns the cores; a torch operator must not open a second one
     # In a thread of its own: OpenMP keeps a pool per calling thread, and one left behind here would make the executor's count as
@@ -91,7 +92,8 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     checkpoint, model, dtype = in_passing_thread(lambda: _load(config, progress))
     max_len = model.max_len
     geometry = _geometry(config, model, max_len)
-    tokenizer = Tokenizer.load(config.model.tokenizer or checkpoint, config.model.revision if config.model.tokenizer else None)
+    m = config.model
+    tokenizer = Tokenizer.load(m.tokenizer or checkpoint, m.revision if m.tokenizer else None, m.chat_template)
     eos = sorted(tokenizer.eos_ids)
     sampler = Sampler(model.vocab_size, eos, config.model.seed)
     executor = TorchExecutor(model, geometry, sampler, pooling="mean" if config.model.pooling == "mean" else "last", depth=1)
@@ -130,7 +132,7 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     )
     driver = WallDriver(loop, clock)
     warm_up(driver, model.vocab_size, max_len, progress)
-    return Engine(config, loop, driver, executor, info, grammar, Stats(loop))
+    return Engine(config, loop, driver, executor, tokenizer, info, grammar, Stats(loop))
 
 
 def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:

@@ -17,8 +17,6 @@ from presage.engine.inputs import Prompt, expand, make_request, prompt_ids
 from presage.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 from presage.tokenize.tokenizer import Tokenizer
 
-Tick = Callable[[int, int], None]
-
 
 class LLM:
     """An engine in this process.
@@ -31,7 +29,7 @@ class LLM:
         self.config = EngineConfig.of(model=model, **settings)
         self._inbox: list[Emission] = []
         self.engine = build_engine(self.config, self._inbox.extend, progress=sys.stderr.isatty())
-        self.tokenizer = Tokenizer.load(self.config.model.tokenizer or self.engine.info.path, chat_template=self.config.model.chat_template)
+        self.tokenizer = self.engine.tokenizer
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> LLM:

@@ -102,7 +102,7 @@ class Loop:
         self.draining = False
         self.steps = 0
         self.stats: dict[str, float] = dict.fromkeys(
-            ("preemptions", "generated", "computed", "finished", "policy_errors", "faults", "drafted", "accepted", "step_seconds"), 0
+            ("preemptions", "generated", "computed", "finished", "policy_errors", "faults", "drafts", "drafted", "accepted", "step_seconds"), 0
         )
 
     # ---- the turn
@@ -375,6 +375,7 @@ class Loop:
             if pairs:
                 self._move_rows(slot, np.array(pairs, np.int32))
             self.kv.truncate(slot, int(self.table.computed[slot, 0]))
+        self.stats["drafts"] += len(spans)
         self.stats["drafted"] += int(plan.nodes.sum())
         self.stats["accepted"] += len(done.path)
 

@@ -35,7 +35,7 @@ class Stats:
             "finished": s["finished"],
             "faults": s["faults"],
             "policy_errors": s["policy_errors"],
-            "spec_num_drafts": 0,
+            "spec_num_drafts": s["drafts"],
             "spec_num_draft_tokens": s["drafted"],
             "spec_num_accepted_tokens": s["accepted"],
             "log_dropped": getattr(loop.log, "dropped", 0),
