@@ -155,7 +155,7 @@ def test_an_expert_may_move() -> None:
 def test_wrong_operands_are_refused() -> None:
     p, x, out = pack(matrix(20, 16, "bf16"), "bf16"), matrix(4, 16, "bf16"), torch.empty(4, 20)
     wrong = [
-        (x.float(), out, {}),
+        (x.double(), out, {}),
         (x[:, :15], out, {}),
         (x, out[:3], {}),
         (x, out.double(), {}),

@@ -34,6 +34,8 @@ class ModelConfig(Group):
     """Names the API answers to; the model's name by default."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights, activations and KV; ``auto`` follows the checkpoint (float16 runs as bfloat16)."""
+    quantization: str | None = None
+    """Weights and activations of linear layers: ``w8a8``, ``w4a8``, ... quantise a bf16 checkpoint while it loads; none = as the checkpoint is."""
     max_model_len: int | None = Field(None, ge=1)
     """Longest prompt plus output in tokens; the checkpoint's limit by default."""
     seed: int = 0

@@ -143,7 +143,6 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
     from presage.models.loading import available_memory, check_memory, open_checkpoint, stderr_progress
     from presage.models.params import parse
     from presage.models.registry import build_model
-
     m = config.model
     checkpoint = open_checkpoint(m.model, m.revision, m.load_format)
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -153,8 +152,9 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
     weights = checkpoint.nbytes * width.get(dtype, 2) // width.get(stored, 2)
     check_memory(weights, least_kv_bytes(config, params, dtype), available_memory())
     ops = build_ops(config.executor.kernels, getattr(torch, dtype), thread_count(config))
+    scheme = _scheme(m.quantization)
     if not progress:
-        return checkpoint, build_model(checkpoint, getattr(torch, dtype), ops, None, m.max_model_len), dtype
+        return checkpoint, build_model(checkpoint, getattr(torch, dtype), ops, None, m.max_model_len, scheme), dtype
     with stderr_progress("loading") as report:
         model = build_model(
             checkpoint,
@@ -162,8 +162,17 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
             ops,
             lambda done, of: report(checkpoint.nbytes * done // of, checkpoint.nbytes),
             m.max_model_len,
+            scheme,
         )
     return checkpoint, model, dtype
+
+
+def _scheme(name: str | None) -> Any:
+    if name is None:
+        return None
+    from presage.quantize.schemes import parse_scheme
+
+    return parse_scheme(name)
 
 
 def in_passing_thread(work: Callable[[], T]) -> T:

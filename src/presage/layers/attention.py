@@ -61,8 +61,7 @@ class Attention:
 
     def attn_in(self, s: State, c: LayerContext) -> None:
         """Norm, q|k|v, then the KV method rotates and stores keys and values at the batch's slots."""
-        x = enter(self.before, s, c)
-        qkv = self.qkv(x, c.work.take("qkv", len(x), self.qkv.cols, torch.float32))
+        qkv = self.qkv(s.h, c.work.take("qkv", len(s.h), self.qkv.cols, torch.float32), norm=self.before)
         s.q = c.kv.write(c, qkv)
 
     def attend(self, s: State, c: LayerContext) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from presage.layers.attention import enter, leave
+from presage.layers.attention import leave
 from presage.layers.linear import Linear
 from presage.layers.norm import Norm
 from presage.layers.state import LayerContext, Stage, State
@@ -17,6 +17,5 @@ class MLP:
 
     def mlp(self, s: State, c: LayerContext) -> None:
         """The whole half."""
-        x = enter(self.before, s, c)
-        y = self.up(x, c.work.take("ff", len(x), self.up.cols, c.ops.dtype))
+        y = self.up(s.h, c.work.take("ff", len(s.h), self.up.cols, c.ops.dtype), norm=self.before)
         leave(self.down, y, self.after, s, c)

@@ -11,7 +11,7 @@ import torch
 from presage.layers.attention import enter
 from presage.layers.linear import Linear
 from presage.layers.norm import Norm
-from presage.layers.ops import Ops
+from presage.layers.ops import Ops, Weight
 from presage.layers.state import LayerContext, Stage, State
 
 
@@ -38,7 +38,7 @@ class Experts:
     """
 
     def __init__(
-        self, ops: Ops, router: Linear, gate_up: Iterable[tuple[torch.Tensor, torch.Tensor]], down: Iterable[torch.Tensor],
+        self, ops: Ops, router: Linear, gate_up: Iterable[tuple[Weight, Weight]], down: Iterable[Weight],
         top_k: int, normalise: bool, ff: int, act: str, before: Norm,
     ) -> None:  # fmt: skip
         self.router, self.before, self.top_k, self.normalise, self.act = router, before, top_k, normalise, act

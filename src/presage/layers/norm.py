@@ -12,11 +12,11 @@ class RMSNorm:
 
     def __init__(self, ops: Ops, weight: torch.Tensor, eps: float, offset: float = 0.0) -> None:
         self.weight, self.eps = (weight.float() + offset).contiguous(), eps
-        self._call = ops.norm(self.weight, None, eps, center=False)
+        self.bound = ops.norm(self.weight, None, eps, center=False)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """``x`` [t, d] float32 -> ``out`` [t, d] in any type; ``out`` may be ``x``."""
-        self._call(x, out)
+        self.bound(x, out)
         return out
 
 
@@ -25,11 +25,11 @@ class LayerNorm:
 
     def __init__(self, ops: Ops, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
         self.weight, self.bias, self.eps = weight.float().contiguous(), bias.float().contiguous(), eps
-        self._call = ops.norm(self.weight, self.bias, eps, center=True)
+        self.bound = ops.norm(self.weight, self.bias, eps, center=True)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """``x`` [t, d] float32 -> ``out`` [t, d] in any type; ``out`` may be ``x``."""
-        self._call(x, out)
+        self.bound(x, out)
         return out
 
 

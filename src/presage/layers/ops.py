@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from presage.quantize.canonical import Canonical
+
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
 
@@ -18,6 +20,8 @@ KERNEL_BLOCK = 32
 """Tokens of a block as kernels see it."""
 
 Maybe = torch.Tensor | None
+Weight = torch.Tensor | Canonical
+"""A matrix [N, K] as a checkpoint gives it: dense, or quantised."""
 Arrays = Sequence[tuple[torch.Tensor, torch.Tensor]]
 BoundNorm = Callable[[torch.Tensor, torch.Tensor], Any]
 BoundWrite = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
@@ -42,19 +46,19 @@ class Ops(Protocol):
     threads: int
     dtype: torch.dtype
 
-    def pack(self, weight: torch.Tensor) -> Any:
+    def pack(self, weight: Weight) -> Any:
         """A weight [N, K] in the family's own order."""
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
+    def pack_gate_up(self, gate: Weight, up: Weight) -> Any:
         """Two weights [N, K] of a gated activation."""
 
     def pack_experts(self, packs: list[Any]) -> Any:
         """Packed weights of equal shape, for one grouped call."""
 
     def linear(
-        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float, norm: BoundNorm | None
     ) -> None:
-        """out = epilogue(x @ W.T); ``residual`` may only be ``out`` itself."""
+        """out = epilogue(norm(x) @ W.T); ``residual`` may only be ``out`` itself. Quantised weights quantise rows of x, one scale each."""
 
     def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:
         """Rows offsets[e] .. offsets[e+1] of x through expert e."""

@@ -13,9 +13,12 @@ from presage.kernels.cpu.isa import current_isa
 from presage.kernels.cpu.kv_copy import CacheCopies
 from presage.kernels.cpu.norm import Norm
 from presage.kernels.cpu.pack import pack, pack_gate_up
+from presage.kernels.cpu.pack_int import pack_int
 from presage.kernels.cpu.rope import RopeWrite
 from presage.kernels.cpu.team import Team
-from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe
+from presage.kernels.errors import KernelArgumentError
+from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe, Weight
+from presage.quantize.canonical import Canonical
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
@@ -31,23 +34,29 @@ class CpuOps:
         self._format = "bf16" if dtype == torch.bfloat16 else "f32"
         self.numerics = f"{self._format}-{current_isa().numerics}|{attention_numerics(dtype)}"
 
-    def pack(self, weight: torch.Tensor) -> Any:
+    def pack(self, weight: Weight) -> Any:
         """A weight [N, K] in the family's own order."""
-        return pack(weight, self._format, team=self.team)
+        if isinstance(weight, Canonical):
+            return pack_int([weight], self.team)
+        return pack(weight, self._format, self.team)
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
+    def pack_gate_up(self, gate: Weight, up: Weight) -> Any:
         """Two weights [N, K] of a gated activation."""
-        return pack_gate_up(gate, up, self._format, team=self.team)
+        if isinstance(gate, Canonical) and isinstance(up, Canonical):
+            return pack_int([gate, up], self.team)
+        if isinstance(gate, Canonical) or isinstance(up, Canonical):
+            raise KernelArgumentError("a gate and an up must both be quantised, or neither")
+        return pack_gate_up(gate, up, self._format, self.team)
 
     def pack_experts(self, packs: list[Any]) -> Any:
         """Packed weights of equal shape, for one grouped call."""
         return kernels.Experts(packs)
 
     def linear(
-        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float, norm: Any
     ) -> None:
-        """out = epilogue(x @ W.T); ``residual`` may only be ``out`` itself."""
-        kernels.linear(self.team, x, packed, out, bias=bias, residual=residual, act=act or None, softcap=softcap)
+        """out = epilogue(norm(x) @ W.T); ``residual`` may only be ``out`` itself."""
+        kernels.linear(self.team, x, packed, out, bias=bias, residual=residual, act=act or None, softcap=softcap, norm=norm)
 
     def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:
         """Rows offsets[e] .. offsets[e+1] of x through expert e."""

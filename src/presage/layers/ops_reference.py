@@ -13,7 +13,8 @@ from presage.kernels.reference import kv_copy
 from presage.kernels.reference import linear as linear_twin
 from presage.kernels.reference import norm as norm_twin
 from presage.kernels.reference import rope as rope_twin
-from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe
+from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe, Weight
+from presage.quantize.canonical import Canonical, fuse
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
@@ -27,22 +28,28 @@ class ReferenceOps:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def pack(self, weight: torch.Tensor) -> Any:
+    def pack(self, weight: Weight) -> Any:
         """A weight [N, K] in the family's own order."""
-        return weight.to(self.dtype)
+        return weight if isinstance(weight, Canonical) else weight.to(self.dtype)
 
-    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
+    def pack_gate_up(self, gate: Weight, up: Weight) -> Any:
         """Two weights [N, K] of a gated activation."""
-        return torch.cat([gate, up]).to(self.dtype)
+        if isinstance(gate, Canonical) and isinstance(up, Canonical):
+            return fuse([gate, up])
+        return torch.cat([w.unpack() if isinstance(w, Canonical) else w for w in (gate, up)]).to(self.dtype)
 
     def pack_experts(self, packs: list[Any]) -> Any:
         """Packed weights of equal shape, for one grouped call."""
         return packs
 
     def linear(
-        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float
+        self, x: torch.Tensor, packed: Any, out: torch.Tensor, bias: Maybe, residual: Maybe, act: str, softcap: float, norm: Any
     ) -> None:
-        """out = epilogue(x @ W.T); ``residual`` may only be ``out`` itself."""
+        """out = epilogue(norm(x) @ W.T); ``residual`` may only be ``out`` itself."""
+        if norm is not None:
+            y = torch.empty(x.shape, dtype=torch.float32 if isinstance(packed, Canonical) else self.dtype)
+            norm(x, y)
+            x = y
         out.copy_(linear_twin.linear(x, packed, bias=bias, residual=residual, act=act or None, softcap=softcap))
 
     def grouped_linear(self, x: torch.Tensor, experts: Any, offsets: torch.Tensor, out: torch.Tensor, act: str) -> None:

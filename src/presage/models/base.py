@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +14,15 @@ from presage.layers.kv.geometry import kv_groups
 from presage.layers.linear import Linear
 from presage.layers.mlp import MLP
 from presage.layers.norm import Norm, RMSNorm
-from presage.layers.ops import Ops
+from presage.layers.ops import Ops, Weight
 from presage.layers.rope import Rope
 from presage.layers.state import LayerContext, State, Workspace
 from presage.models.params import Params, RopeParams
 from presage.models.weights import LLAMA_NAMES, Shape, Weights, part_shapes
+from presage.quantize.canonical import Canonical
+
+if TYPE_CHECKING:
+    from presage.quantize.schemes import Scheme
 
 Progress = Callable[[int, int], None]
 
@@ -32,8 +37,10 @@ class Model:
     roots: tuple[str, ...] = ("model.", "")
     norm_offset = 0.0
 
-    def __init__(self, params: Params, weights: Weights, ops: Ops, salt: bytes = b"", progress: Progress | None = None) -> None:
-        self.params, self.weights, self.ops, self._salt = params, weights, ops, salt
+    def __init__(
+        self, params: Params, weights: Weights, ops: Ops, salt: bytes = b"", progress: Progress | None = None, scheme: Scheme | None = None
+    ) -> None:
+        self.params, self.weights, self.ops, self._salt, self.scheme = params, weights, ops, salt, scheme
         self.vocab_size, self.max_len = params.vocab_size, params.max_len
         self._ropes: dict[RopeParams, Rope] = {}
         self.embedding = _plain(weights.get("embed"), ops.dtype)
@@ -44,7 +51,7 @@ class Model:
                 progress(i + 1, params.layers)
         self.layers: tuple[DecoderLayer, ...] = tuple(layers)
         self.final = self.norm("norm")
-        self.lm_head = Linear(ops, "head", [weights.get("embed" if params.tied else "head")], softcap=params.final_softcap)
+        self.lm_head = Linear(ops, "head", [self.weight("embed" if params.tied else "head", head=True)], softcap=params.final_softcap)
 
     def kv_groups(self, block_size: int = 32) -> tuple[KVGroup, ...]:
         """KV groups of the plain method for blocks of ``block_size`` tokens."""
@@ -64,8 +71,18 @@ class Model:
 
     def linear(self, name: str, parts: tuple[str, ...], i: int, act: str = "") -> Linear:
         """Parts of the checkpoint fused into one linear, with their biases."""
-        w = self.weights
-        return Linear(self.ops, name, [w.get(p, i) for p in parts], [w.maybe(p, i) for p in parts], act)
+        return Linear(self.ops, name, [self.weight(p, i) for p in parts], [self.weights.maybe(p, i) for p in parts], act)
+
+    def weight(self, part: str, i: int = 0, expert: int = 0, head: bool = False) -> Weight:
+        """A matrix of the checkpoint, quantised as the scheme says if it is not quantised already; routers stay as they are."""
+        w: Weight = self.weights.get(part, i, expert=expert)
+        scheme = self.scheme
+        if scheme is None or isinstance(w, Canonical) or part == "router":
+            return w
+        from presage.quantize.rtn import quantize_rtn
+        from presage.quantize.schemes import parse_scheme
+
+        return quantize_rtn(w, parse_scheme(scheme.head) if head else scheme)
 
     def rope(self, i: int) -> Rope | None:
         """The rotary table of layer i; layers with equal settings share one."""
@@ -111,8 +128,7 @@ class Model:
 
     def head(self, h: torch.Tensor, work: Workspace) -> torch.Tensor:
         """Logits [t, V] float32 of residual rows h [t, d]; valid until the next call."""
-        x = self.final_norm(h, work.take("head_x", h.shape[0], h.shape[1], self.ops.dtype))
-        return self.lm_head(x, work.take("logits", h.shape[0], self.vocab_size, torch.float32))
+        return self.lm_head(h, work.take("logits", h.shape[0], self.vocab_size, torch.float32), norm=self.final)
 
     def fill(self, state: State, contexts: list[LayerContext]) -> None:
         """Keys and values of the given layers for rows that will never run them (SwiftKV, early exit)."""

@@ -14,7 +14,7 @@ def expert_half(model: Model, i: int, before: Norm | None) -> Experts:
     if moe is None or before is None:
         raise CheckpointError(f"layer {i} has no experts")
     count = w.get("router", i).shape[0]  # pruned checkpoints keep fewer than the configuration says
-    gate_up = ((w.get("expert_gate", i, expert=e), w.get("expert_up", i, expert=e)) for e in range(count))
-    down = (w.get("expert_down", i, expert=e) for e in range(count))
+    gate_up = ((model.weight("expert_gate", i, e), model.weight("expert_up", i, e)) for e in range(count))
+    down = (model.weight("expert_down", i, e) for e in range(count))
     router = model.linear("router", ("router",), i)
     return Experts(model.ops, router, gate_up, down, moe.top_k, moe.normalise, moe.ff, f"{model.params.act}_mul", before)

@@ -23,7 +23,8 @@ class Canonical:
     ``codes`` int8 [N, K] if they are signed around zero, uint8 [N, K] if they are counted from 0. ``scale`` float [N, ceil(K / group)];
     ``group`` = K is one scale a row. ``zero`` like ``scale``, uint8 (int8 for signed codes). ``sub`` int8 or uint8 and ``low`` uint8
     [N, ceil(K / sub_group)] are second-level factors; ``low_scale`` like ``scale``, None = ``scale``. ``perm`` int64 [K]: column j
-    multiplies input perm[j] (act-order), None = in order. Raises CheckpointError if shapes do not fit each other.
+    multiplies input perm[j] (act-order), None = in order. ``activations``: 8 if rows of the input are to be quantised to int8, one scale
+    each, 16 if they stay wide. Raises CheckpointError if shapes do not fit each other.
     """
 
     codes: torch.Tensor
@@ -36,6 +37,7 @@ class Canonical:
     low: torch.Tensor | None = None
     low_scale: torch.Tensor | None = None
     perm: torch.Tensor | None = None
+    activations: int = 16
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -95,8 +97,8 @@ class Canonical:
 
     def alike(self, other: Canonical) -> bool:
         """May the two be fused into one weight: same form, same input order?"""
-        same = (self.bits, self.group, self.sub_group, self.codes.dtype, self.shape[1]) == (
-            other.bits, other.group, other.sub_group, other.codes.dtype, other.shape[1],
+        same = (self.bits, self.group, self.sub_group, self.activations, self.codes.dtype, self.shape[1]) == (
+            other.bits, other.group, other.sub_group, other.activations, other.codes.dtype, other.shape[1],
         )  # fmt: skip
         present = all((getattr(self, n) is None) == (getattr(other, n) is None) for n in (*_BY_ROW, "perm"))
         return same and present and (self.perm is None or other.perm is None or torch.equal(self.perm, other.perm))

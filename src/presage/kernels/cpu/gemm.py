@@ -1,12 +1,13 @@
-"""The dense matrix product over packed weights: one source for f32 and bf16, any number of rows, groups of rows per weight.
+"""The matrix product over packed weights: one driver for all formats, any number of rows, groups of rows per weight.
 
-out[r, n] = epilogue(sum over k, ascending, of x[r, k] * w[n, k]). Each output has one accumulator, fed in the order of k, so
-its bits depend on its own row and column only: not on how many rows there are, how they are tiled, or which thread ran.
+out[r, n] = epilogue(sum over k of x[r, k] * w[n, k]). Dense formats have one accumulator per output, fed in the order of k; integer sums are
+exact, and their groups' scales are applied in the order of k. So an output's bits depend on its own row and column only: not on how many
+rows there are, how they are tiled, or which thread ran.
 
-Work is handed out by column block (`pack.py`): a block of packed weights streams from memory once and stays in cache for the
-other row tiles. A single row tile looks ahead (the hardware's own prefetch stops at 4 KB borders); where there are more,
-they share the fetching of the next block, so memory works all the time and not during the first tile only. Where K is deep,
-panels of it keep the block small; accumulators wait in scratch, unrounded.
+A call has two phases: rows are prepared (`prepare.py`: norm, quantisation), then column blocks are handed out: a block of packed weights
+streams from memory once and stays in cache for the other row tiles. A single row tile looks ahead (the hardware's own prefetch stops at
+4 KB borders); where there are more, they share the fetching of the next block, so memory works all the time and not during the first tile
+only. Where K is deep, panels of it keep the block small; accumulators wait in scratch, unrounded.
 """
 
 from __future__ import annotations
@@ -15,48 +16,30 @@ from typing import Any
 
 from presage.kernels.cpu.cache import Kernel, device, kernel, subroutine
 from presage.kernels.cpu.epilogue import activate, add_bias, cap_value, put_row
-from presage.kernels.cpu.isa import current_isa
-from presage.kernels.cpu.region import HEADER, claim, enter, leave
-from presage.kernels.cpu.simd import (
-    broadcast_f32,
-    broadcast_i32,
-    dot_bf16,
-    fma,
-    get,
-    get_f32,
-    get_i32,
-    get_i64,
-    get_u16,
-    load_f32,
-    load_i32,
-    outlined,
-    prefetch_l2,
-    put,
-    registers_f32,
-    registers_i32,
-    splat_load_f32,
-    splat_load_i32,
-    store_f32,
-    zero_f32,
-)
+from presage.kernels.cpu.layout import Layout, layout
+from presage.kernels.cpu.prepare import WORDS as PREPARE_WORDS
+from presage.kernels.cpu.prepare import make_prepare
+from presage.kernels.cpu.region import HEADER, barrier, claim, enter, leave
+from presage.kernels.cpu.simd import broadcast_f32, get_f32, get_i32, get_i64, outlined
+from presage.kernels.cpu.tiles import make_odd_word, make_start, make_tile, make_value
 
 CHUNK_ROWS = 256
 """Rows whose accumulators are in scratch at once."""
-PANEL_WORDS = 1024
-"""Words of K (4 bytes: 2 bf16 or 1 f32) per panel: 48 columns of it are 192 KB, which stays in the L2 beside the rows."""
-WHOLE_WORDS = 2048
-"""Up to this many words a block is taken in one piece."""
+PANEL_BYTES = 1 << 16
+"""Bytes of a plane per panel: three planes of it are 192 KB, which stays in the L2 beside the rows."""
+WHOLE_BYTES = 1 << 17
+"""Up to this many bytes a plane is taken in one piece."""
 AHEAD = 2048
-"""Bytes a lone row tile looks ahead in each plane: 32 words of K, three planes at once (measured best of 512 to 8192 on Zen 4)."""
+"""Bytes a lone row tile looks ahead in each plane, three planes at once (measured best of 512 to 8192 on Zen 4)."""
 
-WORDS = 21
+WORDS = 24 + PREPARE_WORDS
 (
     WEIGHTS,
     GROUPS,
     OFFSETS,
     X,
     X_STRIDE,
-    STEPS,
+    UNITS,
     ODD,
     BLOCKS,
     N,
@@ -72,7 +55,13 @@ WORDS = 21
     ACT,
     CAPPED,
     CAP,
-) = range(HEADER, HEADER + WORDS)
+    LINES,
+    META,
+    SCALES,
+    PREPARE,
+) = range(HEADER, HEADER + 25)
+"""X: rows as tiles read them. UNITS of K, ODD: a last half word (bf16). LINES of codes per group. META: where in a prepared row its scale and
+sums are. SCALES: where in a weight its outputs' scales are. PREPARE: the words of `prepare.py` (SOURCE 0: X is given)."""
 
 
 def scratch_bytes(columns: int) -> int:
@@ -80,81 +69,11 @@ def scratch_bytes(columns: int) -> int:
     return CHUNK_ROWS * columns * 4 + 64
 
 
-@device
-def _dot(acc, x, w):  # type: ignore[no-untyped-def]
-    return dot_bf16(acc, x, w)
-
-
-@device
-def _multiply_add(acc, x, w):  # type: ignore[no-untyped-def]
-    return fma(x, w, acc)
-
-
-@device
-def _odd_pair(x, step):  # type: ignore[no-untyped-def]
-    return broadcast_i32(get_u16(x, 2 * step))
-
-
-@device
-def _no_pair(x, step):  # type: ignore[no-untyped-def]
-    return zero_f32()
-
-
-def _operations(fmt: str) -> tuple[Any, Any, Any, Any, Any]:
-    """(load 16 columns, repeat one word of x, multiply and add, registers for weights, last word of an odd row)."""
-    if fmt == "bf16":
-        return load_i32, splat_load_i32, _dot, registers_i32, _odd_pair
-    return load_f32, splat_load_f32, _multiply_add, registers_f32, _no_pair
-
-
-def make_tile(fmt: str, rows: int, vectors: int) -> Any:
-    """A function that adds `steps` words of K to a tile of rows x (vectors * 16) accumulators held in registers."""
-    load, repeat, combine, registers, _ = _operations(fmt)
-    count = rows * vectors
-
-    @subroutine
-    def tile(weights, plane, x, stride, acc, steps, ahead, follow, turn, turns):  # type: ignore[no-untyped-def]
-        outlined()
-        sums = registers_f32(count)
-        column = registers(vectors)
-        for i in range(count):
-            put(sums, i, load_f32(acc, i * 16))
-        for step in range(steps):
-            for v in range(vectors):
-                at = weights + v * plane + step * 64
-                prefetch_l2(at, follow if v % turns == turn else ahead)
-                put(column, v, load(at, 0))
-            for r in range(rows):
-                value = repeat(x + r * stride, step)
-                for v in range(vectors):
-                    put(sums, r * vectors + v, combine(get(sums, r * vectors + v), value, get(column, v)))
-        for i in range(count):
-            store_f32(acc, i * 16, get(sums, i))
-
-    return tile
-
-
-def make_odd_word(fmt: str, vectors: int) -> Any:
-    """A function that adds the last word of rows with an odd K, half a pair: `at` is its place in x, `weights` its columns."""
-    load, _, combine, _, last = _operations(fmt)
-
-    @subroutine
-    def odd_word(weights, plane, at, stride, acc, rows):  # type: ignore[no-untyped-def]
-        outlined()
-        for r in range(rows):
-            value = last(at + r * stride, 0)
-            for v in range(vectors):
-                place = (r * vectors + v) * 16
-                store_f32(acc, place, combine(load_f32(acc, place), value, load(weights + v * plane, 0)))
-
-    return odd_word
-
-
-def make_panel(fmt: str, rows: int, vectors: int) -> Any:
-    """A device function that runs row tiles of `rows`, then 4, 2 and 1 rows over one panel of one column block."""
-    tiles = {n: make_tile(fmt, n, vectors) for n in {1, 2, min(4, rows), rows}}
+def make_panel(form: Layout) -> Any:
+    """A device function that runs row tiles of the format's rows, then 4, 2 and 1 rows over one panel of one column block."""
+    rows, row_bytes = form.rows, form.columns * 4
+    tiles = {n: make_tile(form, n) for n in {1, 2, min(4, rows), rows}}
     big, four, two, one = tiles[rows], tiles[min(4, rows)], tiles[2], tiles[1]
-    row_bytes = vectors * 64
 
     @device
     def tiles_of(count):  # type: ignore[no-untyped-def]
@@ -162,25 +81,25 @@ def make_panel(fmt: str, rows: int, vectors: int) -> Any:
         return count // rows + (left >> 2 & 1) + (left >> 1 & 1) + (left & 1)
 
     @device
-    def panel(weights, plane, x, stride, acc, count, steps, follow, reach):  # type: ignore[no-untyped-def]
+    def panel(weights, plane, x, sums, stride, acc, count, units, lines, follow, reach):  # type: ignore[no-untyped-def]
         turns = tiles_of(count)
         ahead, turn, r = reach, 0, 0
         if turns == 1:
             follow = ahead
         while r < count:
             left = count - r
-            at, sums = x + r * stride, acc + r * row_bytes
+            at, total, part = x + r * stride, acc + r * row_bytes, sums + r * stride
             if left >= rows:
-                big(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
+                big(weights, plane, at, part, stride, total, units, lines, ahead, follow, turn, turns)
                 r += rows
             elif left >= 4:
-                four(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
+                four(weights, plane, at, part, stride, total, units, lines, ahead, follow, turn, turns)
                 r += 4
             elif left >= 2:
-                two(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
+                two(weights, plane, at, part, stride, total, units, lines, ahead, follow, turn, turns)
                 r += 2
             else:
-                one(weights, plane, at, stride, sums, steps, ahead, follow, turn, turns)
+                one(weights, plane, at, part, stride, total, units, lines, ahead, follow, turn, turns)
                 r += 1
             ahead = 0
             turn += 1
@@ -188,12 +107,14 @@ def make_panel(fmt: str, rows: int, vectors: int) -> Any:
     return panel, tiles_of
 
 
-def make_finish(columns: int) -> Any:
+def make_finish(form: Layout) -> Any:
     """A device function that takes one row's accumulators of one block through the epilogue."""
-    half = columns // 2
+    columns, half, value_of = form.columns, form.columns // 2, make_value(form)
 
     @device
     def finish(table, acc, row, group, block):  # type: ignore[no-untyped-def]
+        scales = get_i64(get_i64(table, WEIGHTS), group) + get_i64(table, SCALES) + block * columns * 4
+        meta = get_i64(table, X) + row * get_i64(table, X_STRIDE) + get_i64(table, META)
         n, gated, bias = get_i64(table, N), get_i64(table, GATED), get_i64(table, BIAS)
         if bias != 0:
             bias += group * get_i64(table, BIAS_STRIDE)
@@ -203,13 +124,13 @@ def make_finish(columns: int) -> Any:
         for j in range(0, width, 16):
             count = min(16, width - j, n - start - j)
             if count > 0:
-                value = add_bias(load_f32(acc, j), bias, start + j, count)
+                value = add_bias(value_of(acc, j, scales, meta), bias, start + j, count)
                 if get_i64(table, CAPPED):
                     value = cap_value(value, get_f32(table, 2 * CAP))
                 if act != 0:
                     value = activate(act, value)
                 if gated:
-                    value = value * add_bias(load_f32(acc, half + j), bias, n + start + j, count)
+                    value = value * add_bias(value_of(acc, half + j, scales, meta), bias, n + start + j, count)
                 if scale != 0:
                     value = value * broadcast_f32(get_f32(scale, row))
                 put_row(get_i64(table, OUT), row * get_i64(table, OUT_STRIDE) + start + j, value, count, get_i64(table, MODE))
@@ -217,43 +138,55 @@ def make_finish(columns: int) -> Any:
     return finish
 
 
-@kernel
-def gemm(fmt: str, rows: int, columns: int) -> Any:
-    """Register tiles of `rows` x `columns` (a multiple of 16) over weights packed in blocks of `columns`."""
-    vectors, line = columns // 16, columns * 4
-    (panel, tiles_of), odd_word, finish = make_panel(fmt, rows, vectors), make_odd_word(fmt, vectors), make_finish(columns)
+def make_chunk(form: Layout) -> Any:
+    """A function for one column block and up to CHUNK_ROWS rows: all of K, then the epilogue."""
+    vectors, line, unit_bytes, x_bytes, unit_sums = form.vectors, form.columns * 4, form.unit_bytes, form.x_bytes, form.groups * 4
+    tail = -(-AHEAD // unit_bytes)
+    whole_units, panel_units = WHOLE_BYTES // unit_bytes, max(1, PANEL_BYTES // unit_bytes)
+    (panel, tiles_of), odd_word, start_row, finish = make_panel(form), make_odd_word(form), make_start(form), make_finish(form)
+    dense = not form.integer
 
     @subroutine
     def chunk(table, acc, group, block, row, stop, following):  # type: ignore[no-untyped-def]
         outlined()
-        steps, odd = get_i64(table, STEPS), get_i64(table, ODD)
-        stride = get_i64(table, X_STRIDE)
+        units, lines, stride = get_i64(table, UNITS), get_i64(table, LINES), get_i64(table, X_STRIDE)
+        odd = get_i64(table, ODD) if dense else 0
         x = get_i64(table, X) + row * stride
-        plane = (steps + odd) * 64
+        sums = x + get_i64(table, META) + 64
+        plane = units * unit_bytes + odd * 64
         weights = get_i64(get_i64(table, WEIGHTS), group) + block * vectors * plane
-        piece = steps if steps <= WHOLE_WORDS else PANEL_WORDS
-        for i in range((stop - row) * vectors):
-            store_f32(acc, i * 16, zero_f32())
+        piece = units if units <= whole_units else panel_units
+        for i in range(stop - row):
+            start_row(acc + i * line, sums + i * stride - 64)
         start = 0
-        while start < steps:
-            length = min(piece, steps - start)
-            at = weights + start * 64
-            follow = length * 64
-            if start + length == steps:
+        while start < units:
+            length = min(piece, units - start)
+            at, place, part = weights + start * unit_bytes, x + start * x_bytes, sums + start * unit_sums
+            follow = length * unit_bytes
+            if start + length == units:
                 follow = following - at if following != 0 else 0
-            tail = AHEAD // 64
-            if follow != 0 and start + length == steps and length > tail and tiles_of(stop - row) == 1:
+            if follow != 0 and start + length == units and length > tail and tiles_of(stop - row) == 1:
                 # A lone tile would look past the block's end here; it looks at the beginning of the next block instead.
                 head = length - tail
-                panel(at, plane, x + start * 4, stride, acc, stop - row, head, 0, AHEAD)
-                panel(at + head * 64, plane, x + (start + head) * 4, stride, acc, stop - row, tail, 0, following - weights - (steps - tail) * 64)
+                panel(at, plane, place, part, stride, acc, stop - row, head, lines, 0, AHEAD)
+                at, place, part = at + head * unit_bytes, place + head * x_bytes, part + head * unit_sums
+                panel(at, plane, place, part, stride, acc, stop - row, tail, lines, 0, following - at)
             else:
-                panel(at, plane, x + start * 4, stride, acc, stop - row, length, follow, AHEAD)
+                panel(at, plane, place, part, stride, acc, stop - row, length, lines, follow, AHEAD)
             start += length
         if odd:
-            odd_word(weights + steps * 64, plane, x + steps * 4, stride, acc, stop - row)
+            odd_word(weights + units * unit_bytes, plane, x + units * 4, stride, acc, stop - row)
         for r in range(row, stop):
             finish(table, acc + (r - row) * line, r, group, block)
+
+    return chunk
+
+
+@kernel
+def gemm(fmt: str) -> Any:
+    """The product for one weight format."""
+    form = layout(fmt)
+    chunk, prepare, unit_bytes, vectors = make_chunk(form), make_prepare(form, PREPARE, X, META, SCRATCH), form.unit_bytes, form.vectors
 
     @device
     def address(table, item):  # type: ignore[no-untyped-def]
@@ -262,11 +195,15 @@ def gemm(fmt: str, rows: int, columns: int) -> Any:
         group = item // blocks
         if group >= get_i64(table, GROUPS) or get_i32(offsets, group) == get_i32(offsets, group + 1):
             return 0
-        size = (get_i64(table, STEPS) + get_i64(table, ODD)) * line
+        size = (get_i64(table, UNITS) * unit_bytes + get_i64(table, ODD) * 64) * vectors
         return get_i64(get_i64(table, WEIGHTS), group) + item % blocks * size
 
     def run(table):  # type: ignore[no-untyped-def]
-        acc = get_i64(table, SCRATCH) + enter(table) * get_i64(table, SCRATCH_STRIDE)
+        rank = enter(table)
+        if get_i64(table, PREPARE) != 0:
+            prepare(table, rank)
+            barrier(table)
+        acc = get_i64(table, SCRATCH) + rank * get_i64(table, SCRATCH_STRIDE)
         blocks, offsets = get_i64(table, BLOCKS), get_i64(table, OFFSETS)
         items = blocks * get_i64(table, GROUPS)
         item = claim(table)
@@ -286,6 +223,5 @@ def gemm(fmt: str, rows: int, columns: int) -> Any:
 
 
 def warm_kernels() -> list[Kernel]:
-    """The matrix products of this machine."""
-    isa = current_isa()
-    return [gemm(fmt, isa.tile_rows, isa.tile_columns) for fmt in ("bf16", "f32")]
+    """The dense matrix products."""
+    return [gemm(fmt) for fmt in ("bf16", "f32")]

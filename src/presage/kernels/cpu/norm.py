@@ -109,6 +109,7 @@ class Norm:
         self.team, self.width, self._alive = team, weight.numel(), (weight, bias)
         floats = struct.unpack("=q", struct.pack("=ff", eps, float(plus_one)))[0]
         self._words = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), self.width, floats, int(center))
+        self.row_words = (*self._words[:2], floats, int(center))
         self._table = team.table(_FIELDS)
         self._kernel = _norm()
 

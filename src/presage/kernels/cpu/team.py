@@ -136,6 +136,7 @@ class Team:
         self._start = self._pool.run
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_at = self.scratch_stride = 0
+        self._shared = torch.empty(0, dtype=torch.uint8)
 
     def _choose(self) -> Pool:
         library = openmp_library()
@@ -175,6 +176,12 @@ class Team:
             self._scratch = torch.empty(self.scratch_stride * self.threads, dtype=torch.uint8)
             self._scratch_at = self._scratch.data_ptr()
         return self._scratch_at
+
+    def shared(self, nbytes: int) -> int:
+        """Address of scratch that all threads of a region share, 64-byte aligned, valid during the next region only; it grows as `scratch`."""
+        if len(self._shared) < nbytes + 64:
+            self._shared = torch.empty(nbytes + nbytes // 4 + 64, dtype=torch.uint8)
+        return -(-self._shared.data_ptr() // 64) * 64
 
 
 def warm_kernels() -> list[Kernel]:

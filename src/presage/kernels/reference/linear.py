@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from presage.core.errors import ConfigError
+from presage.quantize.canonical import Canonical
 
 
 def activation(x: torch.Tensor, act: str | None) -> torch.Tensor:
@@ -23,9 +24,28 @@ def activation(x: torch.Tensor, act: str | None) -> torch.Tensor:
     raise ConfigError(f"unknown activation {act!r}", param="act")
 
 
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes float32 [t, K], scale [t]): each row's largest magnitude becomes 127, ties round to even. NaN gives code 0."""
+    wide = x.float()
+    limit = wide.abs().nan_to_num(0.0, posinf=float("inf")).amax(-1)
+    factor = torch.where(limit > 0, 127.0 / limit, torch.zeros_like(limit))
+    return (wide * factor[:, None]).round().nan_to_num(0.0), limit / 127.0
+
+
+def product(x: torch.Tensor, weight: torch.Tensor | Canonical) -> torch.Tensor:
+    """x @ weight.T [t, N]; a quantised weight that wants int8 activations gets rows as codes times a scale."""
+    if isinstance(weight, Canonical):
+        if weight.activations == 8:
+            codes, scale = quantise_rows(x)
+            return ((codes.double() @ weight.unpack().double().T) * scale[:, None].double()).float()
+        return x.float() @ weight.unpack().T
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.to(wide) @ weight.to(wide).T
+
+
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Canonical,
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
@@ -38,8 +58,7 @@ def linear(
     x [t, K], weight [N, K] in any float type; with a `_mul` activation weight is gate over up [2 N, K]. Operands as in the kernel;
     the residual [t, N] is added last and is not changed.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = x.to(wide) @ weight.to(wide).T
+    y = product(x, weight)
     if bias is not None:
         y = y + bias
     gated = act is not None and act.endswith("_mul")

@@ -1,0 +1,90 @@
+"""How a weight format lies in memory, as numbers: what packing, the matrix product and its wrapper must agree on.
+
+A format's name says everything that decides its kernel: ``bf16``, ``f32``, ``w8`` (int8, one scale an output), and grouped integers
+``w4g128s-bf16``: bits, inputs per scale, ``s`` symmetric or ``z`` with zero points, type of the scales (bf16, f16, f32).
+
+Every format is made of planes of 16 outputs; a plane is a run of *units* along K, each a multiple of 64 bytes, so one stream of whole
+cache lines is read. A grouped unit is a head (scales, then zero points, of as many groups as fill lines) and the codes of these groups.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from presage.core.errors import ConfigError
+from presage.kernels.cpu.isa import current_isa
+
+LINE = 64
+SCALE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+_GROUPED = re.compile(r"w(4|8)g(\d+)(s|z)-(bf16|f16|f32)")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One format on this machine. ``rows`` x ``columns``: register tile. ``unit_k`` inputs make a unit of ``unit_bytes`` per plane and
+    ``x_bytes`` per row. ``operand``: type of a row. Grouped formats: ``group`` inputs a scale, ``groups`` of them a unit, ``head`` bytes before the codes.
+    """
+
+    fmt: str
+    rows: int
+    columns: int
+    unit_k: int
+    unit_bytes: int
+    x_bytes: int
+    operand: str
+    bits: int = 0
+    group: int = 0
+    groups: int = 0
+    head: int = 0
+    zero: bool = False
+    scale: str = ""
+
+    @property
+    def integer(self) -> bool:
+        """Are rows quantised to int8?"""
+        return self.operand == "i8"
+
+    @property
+    def vectors(self) -> int:
+        """Planes of a block."""
+        return self.columns // 16
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one plane's codes of a group."""
+        return self.group * self.bits * 2
+
+    def units(self, k: int) -> int:
+        """Whole units for K inputs; integer formats fill the last one up, dense ones treat an odd K apart."""
+        return -(-k // self.unit_k) if self.integer else k // self.unit_k
+
+    @property
+    def numerics(self) -> str:
+        """What decides a result's bits."""
+        if self.integer:
+            return f"{self.fmt}:int8"
+        return f"bf16:{current_isa().numerics}" if self.fmt == "bf16" else "f32:fma"
+
+
+@lru_cache(maxsize=256)
+def layout(fmt: str) -> Layout:
+    """The layout of a format's name. Raises ConfigError for an unknown one."""
+    isa = current_isa()
+    if fmt in ("bf16", "f32"):
+        return Layout(fmt, isa.tile_rows, isa.tile_columns, 2 if fmt == "bf16" else 1, LINE, 4, fmt)
+    if fmt == "w8":
+        return Layout(fmt, isa.tile_rows, isa.tile_columns, 4, LINE, 4, "i8", 8)
+    found = _GROUPED.fullmatch(fmt)
+    if not found:
+        raise ConfigError(f"unknown weight format {fmt!r}; known: bf16, f32, w8, w4gNs-bf16 and the like", param="fmt")
+    bits, group, zero, scale = int(found[1]), int(found[2]), found[3] == "z", found[4]
+    if group % 32 or not group:
+        raise ConfigError(f"weight format {fmt!r}: groups must be multiples of 32 inputs", param="fmt")
+    scale_line = 16 * SCALE_BYTES[scale]
+    groups = 4 if zero else LINE // scale_line
+    head = groups * (scale_line + (16 if zero else 0))
+    columns = 32 if isa.tile_columns > 16 else 16
+    unit_bytes = head + groups * group * bits * 2
+    return Layout(fmt, isa.tile_rows, columns, group * groups, unit_bytes, group * groups, "i8", bits, group, groups, head, zero, scale)

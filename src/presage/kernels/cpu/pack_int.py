@@ -1,0 +1,148 @@
+"""Integer weights in the order in which the matrix product reads them: `Canonical` codes and scales into units of whole lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from presage.core.errors import UnsupportedModel
+from presage.kernels.cpu.layout import Layout, layout
+from presage.kernels.cpu.pack import PackedLinear, from_blocks, into_planes
+from presage.kernels.cpu.team import Team
+from presage.quantize.canonical import Canonical
+
+SCALE_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+WHOLE_GROUP = 128
+"""Group under which a 4-bit weight with one scale an output runs: the scale is repeated."""
+
+
+def scale_kind(scale: torch.Tensor) -> str:
+    """The smallest type that holds every scale exactly."""
+    for kind in ("bf16", "f16"):
+        if torch.equal(scale.to(SCALE_DTYPES[kind]).float(), scale.float()):
+            return kind
+    return "f32"
+
+
+def integer_format(weight: Canonical) -> str:
+    """The format that runs a quantised weight exactly as it is meant. Raises UnsupportedModel if there is none."""
+    k, signed = weight.shape[1], weight.codes.dtype == torch.int8
+    plain = weight.sub is None and weight.low is None
+    if plain and weight.bits == 8 and signed and weight.zero is None:
+        return "w8" if weight.group == k else f"w8g{weight.group}s-{scale_kind(weight.scale)}"
+    if plain and weight.bits == 4 and signed == (weight.zero is None):
+        group = WHOLE_GROUP if weight.group == k and k % 32 else weight.group
+        if group == k and k > 256:
+            group = WHOLE_GROUP if k % WHOLE_GROUP == 0 else 32
+        return f"w4g{group}{'s' if signed else 'z'}-{scale_kind(weight.scale)}"
+    form = f"{weight.bits} bits, groups of {weight.group}, {'with' if weight.zero is not None else 'no'} zero points"
+    raise UnsupportedModel(f"no kernel for weights of {form}{'' if plain else ', two levels of scales'}", param="model")
+
+
+def _filled(part: torch.Tensor, columns: int) -> torch.Tensor:
+    """[n, c] with zero columns up to `columns`."""
+    return part.contiguous() if part.shape[1] == columns else torch.nn.functional.pad(part, (0, columns - part.shape[1])).contiguous()
+
+
+def _code_words(weight: Canonical, form: Layout) -> torch.Tensor:
+    """Codes as bytes [n, units * unit_k * bits / 8], every 4 bytes a word of one output."""
+    k, width = weight.shape[1], form.units(weight.shape[1]) * form.unit_k
+    if form.bits == 8:
+        # Stored with 128 added: int8 codes have their top bit turned.
+        return _filled(weight.codes.view(torch.uint8) ^ 0x80, width)
+    unsigned = weight.codes if form.zero else (weight.codes + 8).view(torch.uint8)
+    eights = _filled(unsigned, width).view(len(unsigned), -1, 2, 4) if k else unsigned
+    return (eights[:, :, 0] | eights[:, :, 1] << 4).reshape(len(unsigned), -1)
+
+
+def _by_block(parts: Sequence[torch.Tensor], form: Layout, n: int) -> torch.Tensor:
+    """Per-output rows [n, c] of one or two (gated) weights to [blocks, columns, c]."""
+    lanes = form.columns // len(parts)
+    blocks = -(-n // lanes)
+    rows = [torch.nn.functional.pad(p, (0, 0, 0, blocks * lanes - n)).view(blocks, lanes, -1) for p in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+def _per_group(part: torch.Tensor, weight: Canonical, form: Layout) -> torch.Tensor:
+    """Scales or zero points with one column per group of the layout: a wider group's are repeated, missing ones are 0."""
+    count = form.units(weight.shape[1]) * form.groups
+    if weight.group != form.group:
+        part = part.repeat_interleave(-(-weight.group // form.group), 1)[:, :count]
+    return _filled(part, count)
+
+
+def _heads(weights: Sequence[Canonical], form: Layout) -> torch.Tensor:
+    """Heads of all units, uint8 [blocks, vectors, units, head]: scales, then zero points, 16 outputs side by side."""
+    n, units = weights[0].shape[0], form.units(weights[0].shape[1])
+    fields = [[_per_group(w.scale.to(SCALE_DTYPES[form.scale]), w, form) for w in weights]]
+    if form.zero:
+        fields.append([_per_group(w.zero, w, form) for w in weights if w.zero is not None])
+    parts = []
+    for field in fields:
+        rows = _by_block(field, form, n)
+        lanes = rows.view(len(rows), form.vectors, 16, units, form.groups).permute(0, 1, 3, 4, 2).contiguous()
+        parts.append(lanes.view(len(rows), form.vectors, units, -1).view(torch.uint8))
+    return torch.cat(parts, 3)
+
+
+def pack_int(weights: Sequence[Canonical], team: Team | None = None, fmt: str | None = None) -> PackedLinear:
+    """Pack one quantised weight [N, K], or a gate and an up of a gated activation, for `linear`.
+
+    `fmt` names the kernel's format, by default the one that runs the weight as it is. Raises UnsupportedModel if no kernel fits.
+    """
+    first = weights[0]
+    form = layout(fmt or integer_format(first))
+    (n, k), units = first.shape, form.units(first.shape[1])
+    words = units * form.unit_k * form.bits // 32
+    planes = into_planes(tuple(_code_words(w, form) for w in weights), n, words, 0, form.columns, team)
+    gated = len(weights) == 2
+    if form.group:
+        codes = planes.view(len(planes), form.vectors, units, -1).view(torch.uint8)
+        data = torch.cat([_heads(weights, form), codes], 3).reshape(-1)
+        scales_at = 0
+    else:
+        scales = _by_block([w.scale.float() for w in weights], form, n).reshape(-1)
+        data = torch.cat([planes.view(-1).view(torch.uint8), scales.view(torch.uint8)])
+        scales_at = planes.nbytes
+    return PackedLinear(data, n, k, form, gated, scales_at, first.perm)
+
+
+def unpack_int(p: PackedLinear) -> torch.Tensor:
+    """The exact meaning of packed integers, float32 [n, k] in the input's order; of a gated pair [2 n, k]."""
+    form, units = p.layout, p.layout.units(p.k)
+    if form.group:
+        lines = p.data.view(p.blocks, form.vectors, units, form.unit_bytes)
+        body = lines[..., form.head :].reshape(p.blocks, form.vectors, -1, 16, 4)
+    else:
+        body = p.data[: p.scales_at].view(p.blocks, form.vectors, -1, 16, 4)
+    if form.bits == 4:
+        body = torch.cat([body & 15, body >> 4], 4)
+    codes = body.permute(0, 1, 3, 2, 4).reshape(p.blocks, form.columns, -1).float()
+    if form.group:
+        scale, zero = _read_heads(p, lines)
+        w = (codes - zero.repeat_interleave(form.group, 2)) * scale.repeat_interleave(form.group, 2)
+    else:
+        scale = p.data[p.scales_at :].view(torch.float32).view(p.blocks, form.columns, 1)
+        w = (codes - 128) * scale
+    rows = from_blocks(p, w[:, :, : p.k])
+    if p.perm is None:
+        return rows
+    out = torch.empty_like(rows)
+    out[:, p.perm] = rows
+    return out
+
+
+def _read_heads(p: PackedLinear, lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales, zero points) as f32 [blocks, columns, groups]."""
+    form = p.layout
+
+    def field(start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        raw = lines[..., start:stop].contiguous().view(dtype)
+        lanes = raw.view(p.blocks, form.vectors, -1, form.groups, 16).permute(0, 1, 4, 2, 3)
+        return lanes.reshape(p.blocks, form.columns, -1).float()
+
+    width = form.groups * 16 * SCALE_DTYPES[form.scale].itemsize
+    scale = field(0, width, SCALE_DTYPES[form.scale])
+    zero = field(width, form.head, torch.uint8) if form.zero else torch.full_like(scale, 8.0 if form.bits == 4 else 128.0)
+    return scale, zero
