@@ -74,15 +74,19 @@ class Model:
         return Linear(self.ops, name, [self.weight(p, i) for p in parts], [self.weights.maybe(p, i) for p in parts], act)
 
     def weight(self, part: str, i: int = 0, expert: int = 0, head: bool = False) -> Weight:
-        """A matrix of the checkpoint, quantised as the scheme says if it is not quantised already; routers stay as they are."""
-        w: Weight = self.weights.get(part, i, expert=expert)
-        scheme = self.scheme
+        """A matrix as its linear layer packs it: quantised as the scheme says if it is not already; routers stay as they are."""
+        w, scheme = self.matrix(part, i, expert), self.scheme
         if scheme is None or isinstance(w, Canonical) or part == "router":
             return w
         from presage.quantize.rtn import quantize_rtn
         from presage.quantize.schemes import parse_scheme
 
         return quantize_rtn(w, parse_scheme(scheme.head) if head else scheme)
+
+    def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
+        """A matrix [outputs, inputs] of the checkpoint."""
+        w: Weight = self.weights.get(part, i, expert=expert)
+        return w
 
     def rope(self, i: int) -> Rope | None:
         """The rotary table of layer i; layers with equal settings share one."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from presage.core.errors import UnsupportedModel
 from presage.layers.attention import Attention
 from presage.layers.decoder import Half
-from presage.layers.linear import Linear
 from presage.layers.mlp import MLP
 from presage.layers.norm import LayerNorm, Norm
-from presage.layers.ops import Ops
-from presage.models.base import Model, Progress
+from presage.layers.ops import Weight
+from presage.models.base import Model
 from presage.models.params import Params
-from presage.models.weights import Shape, Weights, part_shapes
+from presage.models.weights import Shape, part_shapes
+from presage.quantize.canonical import Canonical
 
 
 class Family(Model):
@@ -32,9 +35,9 @@ class Family(Model):
         "down": "transformer.h.{i}.mlp.c_proj",
     }
 
-    def __init__(self, params: Params, weights: Weights, ops: Ops, salt: bytes = b"", progress: Progress | None = None) -> None:
-        super().__init__(params, weights, ops, salt, progress)
-        self.places = weights.get("positions").float()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.places = self.weights.get("positions").float()
 
     @classmethod
     def shapes(cls, params: Params) -> dict[str, Shape]:
@@ -46,10 +49,12 @@ class Family(Model):
         """A layer norm."""
         return LayerNorm(self.ops, self.weights.get(part, i), self.weights.get(part, i, ".bias"), self.params.eps)
 
-    def linear(self, name: str, parts: tuple[str, ...], i: int, act: str = "") -> Linear:
-        """Parts of the checkpoint, turned to [outputs, inputs]."""
-        w = self.weights
-        return Linear(self.ops, name, [w.get(p, i).T for p in parts], [w.maybe(p, i) for p in parts], act)
+    def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
+        """Stored as [inputs, outputs]."""
+        w = super().matrix(part, i, expert)
+        if isinstance(w, Canonical):
+            raise UnsupportedModel("quantised gpt2 checkpoints are not supported", param="model")
+        return w if part in ("embed", "head") else w.T
 
     def attention(self, i: int, before: Norm | None, after: Norm | None = None) -> Attention:
         """The attention half of layer i."""

@@ -65,7 +65,7 @@ class Canonical:
 
     def unpack(self) -> torch.Tensor:
         """The exact meaning of the codes, float32 [N, K], columns in the input's order."""
-        n, k = self.codes.shape
+        k = self.codes.shape[1]
 
         def wide(part: torch.Tensor, group: int) -> torch.Tensor:
             return part.float().repeat_interleave(group, 1)[:, :k]

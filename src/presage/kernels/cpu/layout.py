@@ -24,7 +24,8 @@ _GROUPED = re.compile(r"w(4|8)g(\d+)(s|z)-(bf16|f16|f32)")
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One format on this machine. ``rows`` x ``columns``: register tile. ``unit_k`` inputs make a unit of ``unit_bytes`` per plane and
-    ``x_bytes`` per row. ``operand``: type of a row. Grouped formats: ``group`` inputs a scale, ``groups`` of them a unit, ``head`` bytes before the codes.
+    ``x_bytes`` per row. ``operand``: type of a row. Grouped formats: ``group`` inputs a scale, ``groups`` of them a unit, ``head`` bytes
+    before the codes.
     """
 
     fmt: str
