@@ -15,6 +15,7 @@ from presage.quantize.canonical import Canonical
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
+    from presage.kernels.cpu.team import Team
 
 KERNEL_BLOCK = 32
 """Tokens of a block as kernels see it."""
@@ -39,11 +40,12 @@ class Copies(Protocol):
 
 
 class Ops(Protocol):
-    """A kernel family. ``kind`` names it; ``threads`` is the size of its team; ``numerics`` names what decides its bits."""
+    """A kernel family. ``kind`` names it; ``team`` has ``threads`` threads (None: the caller's only); ``numerics`` names what decides its bits."""
 
     kind: str
     numerics: str
     threads: int
+    team: Team | None
     dtype: torch.dtype
 
     def pack(self, weight: Weight) -> Any:

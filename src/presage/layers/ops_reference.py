@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ReferenceOps:
     """Runs in the calling thread."""
 
-    kind, threads, numerics = "reference", 1, "torch"
+    kind, threads, numerics, team = "reference", 1, "torch", None
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -81,7 +81,7 @@ class Model:
         from presage.quantize.rtn import quantize_rtn
         from presage.quantize.schemes import parse_scheme
 
-        return quantize_rtn(w, parse_scheme(scheme.head) if head else scheme)
+        return quantize_rtn(w, parse_scheme(scheme.head) if head else scheme, self.ops.team)
 
     def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
         """A matrix [outputs, inputs] of the checkpoint."""
