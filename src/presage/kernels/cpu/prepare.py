@@ -18,6 +18,7 @@ from presage.kernels.cpu.layout import LINE, Layout
 from presage.kernels.cpu.norm import inverse_rms, row_mean
 from presage.kernels.cpu.region import share, team_size
 from presage.kernels.cpu.simd import (
+    any_of,
     broadcast_f32,
     broadcast_i32,
     float_bits,
@@ -27,13 +28,14 @@ from presage.kernels.cpu.simd import (
     get_f32,
     get_i64,
     int_bits,
+    load_bf16,
     load_bf16_n,
+    load_f32,
     load_f32_n,
-    maximum,
     outlined,
     reduce_max,
     reduce_sum,
-    round_int,
+    select_i32,
     set_f32,
     set_i32,
     store_bf16_n,
@@ -84,45 +86,45 @@ def _widen(source, half, width, perm, out):  # type: ignore[no-untyped-def]
                 set_f32(out, d + i, get_bf16(source, place) if half else get_f32(source, place))
 
 
+@device
+def _read(x, half, d, n):  # type: ignore[no-untyped-def]
+    """16 inputs from place d on as f32, zeros beyond the first n."""
+    if n >= 16:
+        return load_bf16(x, d) if half else load_f32(x, d)
+    return load_bf16_n(x, d, n) if half else load_f32_n(x, d, n)
+
+
+@device
+def row_limit(x, half, width):  # type: ignore[no-untyped-def]
+    """Largest magnitude of a row; NaN if there is one among them, which then reaches every output of the row."""
+    # Without their signs, floats are ordered as integers, NaN above infinity.
+    high, low = zero_i32(), broadcast_i32(0x7FFFFFFF)
+    for d in range(0, width, 16):
+        bits = int_bits(_read(x, half, d, width - d)) & low
+        high = select_i32(bits > high, bits, high)
+    return reduce_limit(high)
+
+
+@device
+def reduce_limit(high):  # type: ignore[no-untyped-def]
+    """The largest of 16 magnitudes given by their bits."""
+    value = float_bits(high)
+    nan = any_of(high > broadcast_i32(0x7F800000))
+    return np.float32(np.nan) if nan else reduce_max(value)
+
+
 @subroutine
 def _normalise(source, weight, bias, eps, offset, center, width, out):  # type: ignore[no-untyped-def]
     """The norm of an f32 row, in f32: the same operations in the same order as the norm kernel's."""
     outlined()
     mean = row_mean(source, width) if center else np.float32(0.0)
-    scale, shift = broadcast_f32(inverse_rms(source, width, mean, eps)), broadcast_f32(mean)
+    scale, shift, more = broadcast_f32(inverse_rms(source, width, mean, eps)), broadcast_f32(mean), broadcast_f32(offset)
     for d in range(0, width, 16):
-        n = _count(width, d)
-        y = (load_f32_n(source, d, n) - shift) * scale
-        w = load_f32_n(weight, d, n) + broadcast_f32(offset)
-        y = fma(y, w, load_f32_n(bias, d, n)) if bias != 0 else y * w
-        # Lanes beyond the row: weights there were not read, so y * 0 could only be NaN for a row that is NaN already.
-        store_f32_n(out, d, y, n)
-
-
-@device
-def _absolute(x):  # type: ignore[no-untyped-def]
-    return float_bits(int_bits(x) & broadcast_i32(0x7FFFFFFF))
-
-
-@device
-def row_limit(x, half, width):  # type: ignore[no-untyped-def]
-    """Largest magnitude of a row (NaN passed over)."""
-    high = zero_f32()
-    for d in range(0, width, 16):
-        n = _count(width, d)
-        high = maximum(_absolute(load_bf16_n(x, d, n) if half else load_f32_n(x, d, n)), high)
-    return reduce_max(high)
-
-
-@device
-def _put_codes(x, half, width, factor, out, d):  # type: ignore[no-untyped-def]
-    """Quantise 16 inputs (zeros beyond the row); returns their codes."""
-    n = _count(width, d)
-    q = zero_i32()
-    if n > 0:
-        q = round_int((load_bf16_n(x, d, n) if half else load_f32_n(x, d, n)) * factor)
-    store_i8(out, d, q)
-    return q
+        n = width - d
+        y = (_read(source, 0, d, n) - shift) * scale
+        w = _read(weight, 0, d, n) + more
+        y = fma(y, w, _read(bias, 0, d, n)) if bias != 0 else y * w
+        store_f32_n(out, d, y, _count(width, d))
 
 
 def make_quantise(layout: Layout) -> Any:
@@ -134,11 +136,15 @@ def make_quantise(layout: Layout) -> Any:
         outlined()
         limit = row_limit(x, half, width)
         factor = broadcast_f32(np.float32(127.0) / limit if limit > np.float32(0.0) else np.float32(0.0))
+        # Adding 1.5 * 2**23 rounds to the nearest even integer and leaves it in the low bits.
+        magic, offset = broadcast_f32(np.float32(12582912.0)), broadcast_i32(0x4B400000)
         row = np.int64(0)
         for start in range(0, meta - out, group):
             total = zero_i32()
             for d in range(start, start + group, 16):
-                total = total + _put_codes(x, half, width, factor, out, d)
+                q = int_bits(_read(x, half, d, width - d) * factor + magic) - offset if d < width else zero_i32()
+                store_i8(out, d, q)
+                total = total + q
             # Exact in f32: far below 2**24.
             part = np.int64(reduce_sum(float_of(total)))
             row += part

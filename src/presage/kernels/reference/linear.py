@@ -25,11 +25,11 @@ def activation(x: torch.Tensor, act: str | None) -> torch.Tensor:
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes float32 [t, K], scale [t]): each row's largest magnitude becomes 127, ties round to even. NaN gives code 0."""
+    """(codes float32 [t, K], scale [t]): each row's largest magnitude becomes 127, ties round to even. A NaN makes the row's scale NaN."""
     wide = x.float()
-    limit = wide.abs().nan_to_num(0.0, posinf=float("inf")).amax(-1)
+    limit = wide.abs().amax(-1)
     factor = torch.where(limit > 0, 127.0 / limit, torch.zeros_like(limit))
-    return (wide * factor[:, None]).round().nan_to_num(0.0), limit / 127.0
+    return (wide * factor[:, None]).round(), limit / 127.0
 
 
 def product(x: torch.Tensor, weight: torch.Tensor | Canonical) -> torch.Tensor:
