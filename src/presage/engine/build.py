@@ -151,8 +151,8 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
     width = {"float32": 4}
     weights = checkpoint.nbytes * width.get(dtype, 2) // width.get(stored, 2)
     check_memory(weights, least_kv_bytes(config, params, dtype), available_memory())
-    ops = build_ops(config.executor.kernels, getattr(torch, dtype), thread_count(config))
     scheme = _scheme(m.quantization)
+    ops = build_ops(config.executor.kernels, getattr(torch, dtype), thread_count(config), scheme is not None and scheme.weight_bits == 16)
     if not progress:
         return checkpoint, build_model(checkpoint, getattr(torch, dtype), ops, None, m.max_model_len, scheme), dtype
     with stderr_progress("loading") as report:

@@ -89,8 +89,10 @@ class Ops(Protocol):
         """Copies inside the caches of all layers of a group."""
 
 
-def build_ops(kernels: Literal["auto", "cpu", "reference"], dtype: torch.dtype, threads: int) -> Ops:
-    """The family named by ``ExecutorConfig.kernels`` (``auto``: the CPU kernels) with a team of ``threads``."""
+def build_ops(kernels: Literal["auto", "cpu", "reference"], dtype: torch.dtype, threads: int, lossless: bool = False) -> Ops:
+    """The family named by ``ExecutorConfig.kernels`` (``auto``: the CPU kernels) with a team of ``threads``.
+
+    ``lossless``: dense bf16 weights are packed in 12 bits and a bit where the family can."""
     # Imported here: the twins must stay usable where numba has no target for the machine.
     if kernels == "reference":
         from presage.layers.ops_reference import ReferenceOps
@@ -98,4 +100,4 @@ def build_ops(kernels: Literal["auto", "cpu", "reference"], dtype: torch.dtype, 
         return ReferenceOps(dtype)
     from presage.layers.ops_cpu import CpuOps
 
-    return CpuOps(dtype, threads)
+    return CpuOps(dtype, threads, lossless)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from presage.core.errors import ConfigError
 from presage.kernels.cpu import linear as kernels
 from presage.kernels.cpu.activation import embedding, moe_combine
 from presage.kernels.cpu.attention import AttentionBatch, PagedAttention, attention_numerics
@@ -14,6 +15,7 @@ from presage.kernels.cpu.kv_copy import CacheCopies
 from presage.kernels.cpu.norm import Norm
 from presage.kernels.cpu.pack import pack, pack_gate_up
 from presage.kernels.cpu.pack_int import pack_int
+from presage.kernels.cpu.pack_x12 import pack_x12
 from presage.kernels.cpu.rope import RopeWrite
 from presage.kernels.cpu.team import Team
 from presage.kernels.errors import KernelArgumentError
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
 
 
 class CpuOps:
-    """One team of ``threads`` threads for all kernels of an engine."""
+    """One team of ``threads`` threads for all kernels of an engine. ``lossless``: dense weights are packed as bf16x12 (same bits, less to read)."""
 
     kind = "cpu"
 
-    def __init__(self, dtype: torch.dtype, threads: int) -> None:
-        self.dtype, self.threads, self.team = dtype, threads, Team(threads)
+    def __init__(self, dtype: torch.dtype, threads: int, lossless: bool = False) -> None:
+        if lossless and dtype != torch.bfloat16:
+            raise ConfigError("bf16x12 packs bfloat16 weights only", param="quantization")
+        self.dtype, self.threads, self.team, self._x12 = dtype, threads, Team(threads), lossless
         self._format = "bf16" if dtype == torch.bfloat16 else "f32"
         self.numerics = f"{self._format}-{current_isa().numerics}|{attention_numerics(dtype)}"
 
@@ -38,6 +42,8 @@ class CpuOps:
         """A weight [N, K] in the family's own order."""
         if isinstance(weight, Canonical):
             return pack_int([weight], self.team)
+        if self._x12:
+            return pack_x12([weight], self.team)
         return pack(weight, self._format, self.team)
 
     def pack_gate_up(self, gate: Weight, up: Weight) -> Any:
@@ -46,6 +52,8 @@ class CpuOps:
             return pack_int([gate, up], self.team)
         if isinstance(gate, Canonical) or isinstance(up, Canonical):
             raise KernelArgumentError("a gate and an up must both be quantised, or neither")
+        if self._x12:
+            return pack_x12([gate, up], self.team)
         return pack_gate_up(gate, up, self._format, self.team)
 
     def pack_experts(self, packs: list[Any]) -> Any:

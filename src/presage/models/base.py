@@ -76,7 +76,7 @@ class Model:
     def weight(self, part: str, i: int = 0, expert: int = 0, head: bool = False) -> Weight:
         """A matrix as its linear layer packs it: quantised as the scheme says if it is not already; routers stay as they are."""
         w, scheme = self.matrix(part, i, expert), self.scheme
-        if scheme is None or isinstance(w, Canonical) or part == "router":
+        if scheme is None or scheme.weight_bits == 16 or isinstance(w, Canonical) or part == "router":
             return w
         from presage.quantize.rtn import quantize_rtn
         from presage.quantize.schemes import parse_scheme

@@ -8,8 +8,8 @@ GPTQ, AWQ, Q8_0, Q4_0), and integer scales under a float one (QServe, arXiv 2405
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,8 +87,11 @@ class Canonical:
 
     def rows(self, start: int, stop: int) -> Canonical:
         """Outputs [start, stop) only."""
-        cut = {f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name in _BY_ROW and getattr(self, f.name) is not None}
-        return replace(self, **cut)
+        return self.by_row(lambda part: part[start:stop])
+
+    def by_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Canonical:
+        """One change of the outputs (a cut, an order, rows of zeros) made to codes, scales and all: each is [N, ...]."""
+        return replace(self, **{n: change(getattr(self, n)) for n in _BY_ROW if getattr(self, n) is not None})
 
     def chunk(self, parts: int) -> tuple[Canonical, ...]:
         """Equal parts of the outputs, as torch's ``chunk`` (a fused gate and up)."""

@@ -144,7 +144,7 @@ def make_chunk(form: Layout) -> Any:
     tail = -(-AHEAD // unit_bytes)
     whole_units, panel_units = WHOLE_BYTES // unit_bytes, max(1, PANEL_BYTES // unit_bytes)
     (panel, tiles_of), odd_word, start_row, finish = make_panel(form), make_odd_word(form), make_start(form), make_finish(form)
-    dense = not form.integer
+    dense = not form.filled
 
     @subroutine
     def chunk(table, acc, group, block, row, stop, following):  # type: ignore[no-untyped-def]
@@ -223,5 +223,5 @@ def gemm(fmt: str) -> Any:
 
 
 def warm_kernels() -> list[Kernel]:
-    """The dense matrix products."""
-    return [gemm(fmt) for fmt in ("bf16", "f32")]
+    """The common matrix products."""
+    return [gemm(fmt) for fmt in ("bf16", "f32", "w8", "w4g128s-bf16")]

@@ -1,7 +1,8 @@
 """How a weight format lies in memory, as numbers: what packing, the matrix product and its wrapper must agree on.
 
-A format's name says everything that decides its kernel: ``bf16``, ``f32``, ``w8`` (int8, one scale an output), and grouped integers
-``w4g128s-bf16``: bits, inputs per scale, ``s`` symmetric or ``z`` with zero points, type of the scales (bf16, f16, f32).
+A format's name says everything that decides its kernel: ``bf16``, ``f32``, ``bf16x12`` (bf16 without loss in 12 and a bit), ``w8`` (int8, one
+scale an output), and grouped integers ``w4g128s-bf16``: bits, inputs per scale, ``s`` symmetric or ``z`` with zero points, type of the
+scales (bf16, f16, f32); ``-wide`` at the end keeps rows in bf16, the others have them quantised to int8.
 
 Every format is made of planes of 16 outputs; a plane is a run of *units* along K, each a multiple of 64 bytes, so one stream of whole
 cache lines is read. A grouped unit is a head (scales, then zero points, of as many groups as fill lines) and the codes of these groups.
@@ -18,7 +19,9 @@ from presage.kernels.cpu.isa import current_isa
 
 LINE = 64
 SCALE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
-_GROUPED = re.compile(r"w(4|8)g(\d+)(s|z)-(bf16|f16|f32)")
+_GROUPED = re.compile(r"w(4|8)g(\d+)(s|z)-(bf16|f16|f32)(-wide)?")
+X12_INPUTS = 128
+"""Inputs of a bf16x12 unit: 16 outputs share a table of 16 exponents over them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,11 @@ class Layout:
         return self.operand == "i8"
 
     @property
+    def filled(self) -> bool:
+        """Is the last unit of K filled up with zeros, so that rows must be as well?"""
+        return self.unit_k > 2
+
+    @property
     def vectors(self) -> int:
         """Planes of a block."""
         return self.columns // 16
@@ -57,16 +65,24 @@ class Layout:
         """Bytes of one plane's codes of a group."""
         return self.group * self.bits * 2
 
+    @property
+    def words(self) -> int:
+        """What tiles get as `words`: 64-byte lines of a group's codes, or eights of inputs of a bf16x12 unit."""
+        return X12_INPUTS // 8 if self.fmt == "bf16x12" else self.code_bytes // LINE
+
     def units(self, k: int) -> int:
-        """Whole units for K inputs; integer formats fill the last one up, dense ones treat an odd K apart."""
-        return -(-k // self.unit_k) if self.integer else k // self.unit_k
+        """Units for K inputs: the last one is filled up, but for bf16, whose odd input is treated apart."""
+        return -(-k // self.unit_k) if self.filled else k // self.unit_k
 
     @property
     def numerics(self) -> str:
         """What decides a result's bits."""
         if self.integer:
             return f"{self.fmt}:int8"
-        return f"bf16:{current_isa().numerics}" if self.fmt == "bf16" else "f32:fma"
+        if self.group:
+            return f"{self.fmt}:{current_isa().numerics}"
+        # bf16x12 gives the bits of bf16.
+        return f"bf16:{current_isa().numerics}" if self.operand == "bf16" else "f32:fma"
 
 
 @lru_cache(maxsize=256)
@@ -77,15 +93,20 @@ def layout(fmt: str) -> Layout:
         return Layout(fmt, isa.tile_rows, isa.tile_columns, 2 if fmt == "bf16" else 1, LINE, 4, fmt)
     if fmt == "w8":
         return Layout(fmt, isa.tile_rows, isa.tile_columns, 4, LINE, 4, "i8", 8)
+    narrow = 32 if isa.tile_columns > 16 else 16
+    if fmt == "bf16x12":
+        return Layout(fmt, isa.tile_rows, narrow, X12_INPUTS, LINE + X12_INPUTS * 24, 2 * X12_INPUTS, "bf16", 12)
     found = _GROUPED.fullmatch(fmt)
-    if not found:
-        raise ConfigError(f"unknown weight format {fmt!r}; known: bf16, f32, w8, w4gNs-bf16 and the like", param="fmt")
+    if not found or (found[5] and found[1] == "8"):
+        raise ConfigError(f"unknown weight format {fmt!r}; known: bf16, bf16x12, f32, w8, w4gNs-bf16 and the like", param="fmt")
     bits, group, zero, scale = int(found[1]), int(found[2]), found[3] == "z", found[4]
     if group % 32 or not group:
         raise ConfigError(f"weight format {fmt!r}: groups must be multiples of 32 inputs", param="fmt")
     scale_line = 16 * SCALE_BYTES[scale]
     groups = 4 if zero else LINE // scale_line
     head = groups * (scale_line + (16 if zero else 0))
-    columns = 32 if isa.tile_columns > 16 else 16
     unit_bytes = head + groups * group * bits * 2
-    return Layout(fmt, isa.tile_rows, columns, group * groups, unit_bytes, group * groups, "i8", bits, group, groups, head, zero, scale)
+    size, operand = (2, "bf16") if found[5] else (1, "i8")
+    return Layout(
+        fmt, isa.tile_rows, narrow, group * groups, unit_bytes, size * group * groups, operand, bits, group, groups, head, zero, scale
+    )

@@ -40,14 +40,15 @@ class CallSite:
         self.wide = wide_bytes(p.k)
         self.sums = scratch_bytes(p.columns)
         self.row_bytes, meta = row_bytes(form, p.k)
-        self.integer = form.integer
-        self.x_size = 2 if p.fmt == "bf16" else 4
-        self.units, self.odd = form.units(p.k), 0 if form.integer else p.k % form.unit_k
-        self.x_dtype = _BF16 if p.fmt == "bf16" else _F32
+        self.x_size = 4 if form.operand == "f32" else 2
+        self.units, self.odd = form.units(p.k), 0 if form.filled else p.k % form.unit_k
+        self.x_dtype = _F32 if form.operand == "f32" else _BF16
+        # Rows must be prepared where they are quantised, summed by group, gathered, or filled up.
+        self.always = form.integer or form.zero or p.perm is not None or (form.filled and p.k % form.unit_k > 0)
         self.nbytes = p.nbytes
         self.kernel = p.kernel.address
         self.perm = 0 if p.perm is None else p.perm.data_ptr()
-        self.tail = (form.code_bytes // 64, meta, p.scales_at)
+        self.tail = (form.words, meta, p.scales_at)
 
     def split(self, rows: int) -> None:
         """Set the parts' borders for `rows` rows: equal parts, but none of less than a register tile."""
@@ -58,7 +59,7 @@ class CallSite:
     def rows_at(self, x: torch.Tensor, rows: int, k: int, norm: Norm | None) -> tuple[int, int, int, tuple[int, ...]]:
         """(address and stride of the rows that tiles read, scratch, words of the preparation) for x as given."""
         team, stride = self.team, x.stride(0)
-        if norm is None and x.dtype is self.x_dtype and not self.integer:
+        if norm is None and x.dtype is self.x_dtype and not self.always:
             return x.data_ptr(), stride * self.x_size, team.scratch(self.sums), _GIVEN
         half = x.dtype is _BF16
         words = (x.data_ptr(), stride * (2 if half else 4), half, rows, k, self.perm, *(_GIVEN[:4] if norm is None else norm.row_words))

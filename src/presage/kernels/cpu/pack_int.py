@@ -1,4 +1,4 @@
-"""Integer weights in the order in which the matrix product reads them: `Canonical` codes and scales into units of whole lines."""
+"""Quantised weights in the order in which the matrix product reads them: `Canonical` codes and scales into units of whole lines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def integer_format(weight: Canonical) -> str:
         group = WHOLE_GROUP if weight.group == k and k % 32 else weight.group
         if group == k and k > 256:
             group = WHOLE_GROUP if k % WHOLE_GROUP == 0 else 32
-        return f"w4g{group}{'s' if signed else 'z'}-{scale_kind(weight.scale)}"
+        return f"w4g{group}{'s' if signed else 'z'}-{scale_kind(weight.scale)}{'-wide' if weight.activations == 16 else ''}"
     form = f"{weight.bits} bits, groups of {weight.group}, {'with' if weight.zero is not None else 'no'} zero points"
     raise UnsupportedModel(f"no kernel for weights of {form}{'' if plain else ', two levels of scales'}", param="model")
 
@@ -47,13 +47,16 @@ def _filled(part: torch.Tensor, columns: int) -> torch.Tensor:
 
 def _code_words(weight: Canonical, form: Layout) -> torch.Tensor:
     """Codes as bytes [n, units * unit_k * bits / 8], every 4 bytes a word of one output."""
-    k, width = weight.shape[1], form.units(weight.shape[1]) * form.unit_k
+    width = form.units(weight.shape[1]) * form.unit_k
     if form.bits == 8:
         # Stored with 128 added: int8 codes have their top bit turned.
         return _filled(weight.codes.view(torch.uint8) ^ 0x80, width)
     unsigned = weight.codes if form.zero else (weight.codes + 8).view(torch.uint8)
-    eights = _filled(unsigned, width).view(len(unsigned), -1, 2, 4) if k else unsigned
-    return (eights[:, :, 0] | eights[:, :, 1] << 4).reshape(len(unsigned), -1)
+    eights = _filled(unsigned, width).view(len(unsigned), -1, 8)
+    if form.integer:
+        return (eights[:, :, :4] | eights[:, :, 4:] << 4).reshape(len(unsigned), -1)
+    # Bytes 0 and 1 are the lower lane: inputs 0, 2 and 4, 6; bytes 2 and 3 the upper one: 1, 3 and 5, 7.
+    return (eights[:, :, [0, 4, 1, 5]] | eights[:, :, [2, 6, 3, 7]] << 4).reshape(len(unsigned), -1)
 
 
 def _by_block(parts: Sequence[torch.Tensor], form: Layout, n: int) -> torch.Tensor:
@@ -118,6 +121,8 @@ def unpack_int(p: PackedLinear) -> torch.Tensor:
         body = p.data[: p.scales_at].view(p.blocks, form.vectors, -1, 16, 4)
     if form.bits == 4:
         body = torch.cat([body & 15, body >> 4], 4)
+        if not form.integer:
+            body = body[..., [0, 2, 4, 6, 1, 3, 5, 7]]
     codes = body.permute(0, 1, 3, 2, 4).reshape(p.blocks, form.columns, -1).float()
     if form.group:
         scale, zero = _read_heads(p, lines)

@@ -4,7 +4,7 @@ A row may be normalised, gathered into another order of inputs, and rounded to b
 (its largest magnitude becomes 127). Each is a row's own affair, so its bits do not depend on the batch. Threads share the rows; a barrier follows.
 
 A prepared int8 row: codes, zeros up to whole units, then at `META`: its scale (f32), the sum of its codes (i32), and from the next line
-on the sums of every group (i32), which stand for the zero points of the weights.
+on the sums of every group (i32), which stand for the zero points of the weights. A bf16 row for weights with zero points has f32 sums there.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ SOURCE, SOURCE_STRIDE, SOURCE_HALF, ROWS, K, PERM, NORM, NORM_BIAS, NORM_FLOATS,
 NORM: address of the norm's weight or 0, NORM_FLOATS: eps and what is added to the weight, WIDE: where in a thread's scratch one f32 row fits."""
 
 
+_SIZES = {"i8": 1, "bf16": 2, "f32": 4}
+
+
 def row_bytes(layout: Layout, k: int) -> tuple[int, int]:
     """(bytes of a prepared row, where its scale and sums are) for K inputs."""
-    if not layout.integer:
-        return -(-k * (2 if layout.fmt == "bf16" else 4) // LINE) * LINE, 0
-    codes = -(-layout.units(k) * layout.unit_k // LINE) * LINE
+    width = layout.units(k) * layout.unit_k if layout.filled else k
+    values = -(-width * _SIZES[layout.operand] // LINE) * LINE
+    if not layout.integer and not layout.zero:
+        return values, 0
     sums = layout.units(k) * layout.groups * 4
-    return codes + LINE + -(-sums // LINE) * LINE, codes
+    return values + LINE + -(-sums // LINE) * LINE, values
 
 
 def wide_bytes(k: int) -> int:
@@ -156,11 +160,36 @@ def make_quantise(layout: Layout) -> Any:
     return quantise
 
 
+def make_keep(layout: Layout) -> Any:
+    """A function that writes an f32 row as the tiles read it, filled up to whole units, and its groups' sums if weights have zero points."""
+    half, fill, group, total_up = layout.operand == "bf16", layout.unit_k if layout.filled else 1, layout.group or 64, layout.zero
+
+    @subroutine
+    def keep(x, width, out, meta):  # type: ignore[no-untyped-def]
+        outlined()
+        end = (width + fill - 1) // fill * fill
+        for d in range(0, end, 16):
+            n = width - d
+            value = _read(x, 0, d, n) if n > 0 else zero_f32()
+            if half:
+                store_bf16_n(out, d, value, _count(end, d))
+            else:
+                store_f32_n(out, d, value, _count(end, d))
+        if total_up:
+            for start in range(0, end, group):
+                total = zero_f32()
+                for d in range(start, start + group, 16):
+                    total = total + load_bf16(out, d)
+                set_f32(out + meta + 64, start // group, reduce_sum(total))
+
+    return keep
+
+
 def make_prepare(layout: Layout, base: int, x_word: int, meta_word: int, scratch_word: int) -> Any:
     """The phase itself. `base`: table word of SOURCE; the others: of prepared rows and META, and of scratch; their strides follow both."""
     stride_word, scratch_stride = x_word + 1, scratch_word + 1
     source_at, stride_at, half_at, rows_at, k_at, perm_at, norm_at, bias_at, floats_at, center_at, wide_at = range(base, base + WORDS)
-    integer, half_out, quantise = layout.integer, layout.fmt == "bf16", make_quantise(layout)
+    integer, quantise, keep = layout.integer, make_quantise(layout), make_keep(layout)
 
     @subroutine
     def prepare(table, rank):  # type: ignore[no-untyped-def]
@@ -181,10 +210,6 @@ def make_prepare(layout: Layout, base: int, x_word: int, meta_word: int, scratch
             if integer:
                 quantise(x, narrow, width, out, out + get_i64(table, meta_word))
             else:
-                for d in range(0, width, 16):
-                    if half_out:
-                        store_bf16_n(out, d, load_f32_n(x, d, _count(width, d)), _count(width, d))
-                    else:
-                        store_f32_n(out, d, load_f32_n(x, d, _count(width, d)), _count(width, d))
+                keep(x, width, out, get_i64(table, meta_word))
 
     return prepare

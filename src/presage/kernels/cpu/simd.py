@@ -36,6 +36,7 @@ from presage.kernels.cpu.vectors import (
     VF32,
     VI8,
     VI16,
+    VI16X2,
     VI32,
     RegisterFileType,
     VectorType,
@@ -321,8 +322,25 @@ def _join(builder: Any, low: Any, high: Any) -> Any:
 pair_join = _simple("pair_join", "Two f32 vectors rounded to bf16, `low` in the low halves.", i32x16, (f32x16, f32x16), _join)
 
 
+def _nearest(builder: Any, value: Any) -> Any:
+    """f32 rounded to an integer, nearest even."""
+    if current_isa().bits or current_isa().neon:
+        return _call(builder, "llvm.roundeven.v16f32", VF32, value)
+    # Portable: beyond 2^23 every f32 is an integer, below it the sum with 2^23 rounds; LLVM would call a function per lane.
+    border = _const(VF32, 2.0**23)
+    signed = _call(builder, "llvm.copysign.v16f32", VF32, border, value)
+    small = builder.fcmp_ordered("<", _call(builder, "llvm.fabs.v16f32", VF32, value), border)
+    return builder.select(small, builder.fsub(builder.fadd(value, signed), signed), value)
+
+
 def _round_to_int(builder: Any, value: Any) -> Any:
-    return _call(builder, "llvm.fptosi.sat.v16i32.v16f32", VI32, _call(builder, "llvm.roundeven.v16f32", VF32, value))
+    # Clamped before and mended after: LLVM's own saturating conversion becomes a hundred scalar instructions.
+    lowest, highest = _const(VF32, -(2.0**31)), _const(VF32, 2.0**31 - 128)
+    inside = builder.select(builder.fcmp_ordered(">", value, lowest), value, lowest)
+    inside = builder.select(builder.fcmp_ordered("<", inside, highest), inside, highest)
+    rounded = builder.fptosi(_nearest(builder, inside), VI32)
+    rounded = builder.select(builder.fcmp_ordered(">", value, highest), _const(VI32, 0x7FFFFFFF), rounded)
+    return builder.select(builder.fcmp_unordered("uno", value, value), _const(VI32, 0), rounded)
 
 
 round_int = _simple("round_int", "f32 lanes to i32, nearest even, saturating; NaN gives 0.", i32x16, (f32x16,), _round_to_int)
@@ -360,29 +378,84 @@ reduce_max = _simple(
 def _dot_bf16(builder: Any, acc: Any, x: Any, y: Any) -> Any:
     if current_isa().bf16_dot:
         return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, acc, builder.bitcast(x, _VBF16), builder.bitcast(y, _VBF16))
+    # High halves first, as the instruction does: only denormals (zero to it) tell the two lowerings apart.
     shift, high = _const(VI32, 16), _const(VI32, 0xFFFF0000)
     low_x, low_y = (builder.bitcast(builder.shl(v, shift), VF32) for v in (x, y))
     high_x, high_y = (builder.bitcast(builder.and_(v, high), VF32) for v in (x, y))
-    return _call(builder, "llvm.fma.v16f32", VF32, high_x, high_y, _call(builder, "llvm.fma.v16f32", VF32, low_x, low_y, acc))
+    return _call(builder, "llvm.fma.v16f32", VF32, low_x, low_y, _call(builder, "llvm.fma.v16f32", VF32, high_x, high_y, acc))
 
 
 dot_bf16 = _simple(
-    "dot_bf16", "acc + x.low * y.low + x.high * y.high per lane; x, y: 16 bf16 pairs.", f32x16, (f32x16, i32x16, i32x16), _dot_bf16
+    "dot_bf16", "acc + x.high * y.high, then + x.low * y.low, each rounded once; x, y: 16 bf16 pairs.", f32x16, (f32x16, i32x16, i32x16), _dot_bf16
 )
 
 
+def in_parts(builder: Any, name: str, bits: int, result: ir.VectorType, *operands: Any) -> Any:
+    """Call a target intrinsic whose registers have `bits` bits on the pieces of 512-bit operands; `result` is the type of the whole."""
+    count = 512 // bits
+    if count == 1:
+        return _call(builder, name, result, *operands)
+
+    def piece(value: Any, index: int) -> Any:
+        size = value.type.count // count
+        lanes = ir.Constant(ir.VectorType(I32, size), list(range(index * size, (index + 1) * size)))
+        return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), lanes)
+
+    part = ir.VectorType(result.element, result.count // count)
+    parts = [_call(builder, name, part, *(piece(value, index) for value in operands)) for index in range(count)]
+    while len(parts) > 1:
+        both = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [builder.shuffle_vector(low, high, both) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def signed_halves(builder: Any, value: Any, kind: ir.VectorType, bits: int) -> tuple[Any, Any]:
+    """Each lane's two halves (of `bits` bits), sign-extended to a lane of `kind`: low and high."""
+    value, shift = builder.bitcast(value, kind), _const(kind, bits)
+    return builder.ashr(builder.shl(value, shift), shift), builder.ashr(value, shift)
+
+
+def madd_i16(builder: Any, x: Any, y: Any) -> Any:
+    """Sum of the two products of signed 16-bit numbers in each i32 lane, modulo 2^32."""
+    isa = current_isa()
+    if isa.bits:
+        name = "llvm.x86.avx512.pmaddw.d.512" if isa.bits == 512 else "llvm.x86.avx2.pmadd.wd"
+        return in_parts(builder, name, isa.bits, VI32, x, y)
+    (low_x, high_x), (low_y, high_y) = (signed_halves(builder, value, VI32, 16) for value in (x, y))
+    return builder.add(builder.mul(low_x, low_y), builder.mul(high_x, high_y))
+
+
+def _byte_products(builder: Any, u: Any, s: Any) -> list[Any]:
+    """u8 * s8 by way of 16 bits, two times two products per i32 lane. What is done to `u` does not depend on `s`, and the
+    other way round: in a tile LLVM splits a weight once for all rows and an activation once for all columns."""
+    unsigned = builder.bitcast(u, VI16X2)
+    low_u, high_u = builder.and_(unsigned, _const(VI16X2, 0xFF)), builder.lshr(unsigned, _const(VI16X2, 8))
+    pairs = list(zip((low_u, high_u), signed_halves(builder, s, VI16X2, 8), strict=True))
+    if current_isa().neon:
+        # 255 * -128 fits 16 bits, so a multiplication of twice as many lanes will do.
+        products = [builder.mul(x, y) for x, y in pairs]
+        return [in_parts(builder, "llvm.aarch64.neon.saddlp.v4i32.v8i16", 128, VI32, p) for p in products]
+    return [madd_i16(builder, x, y) for x, y in pairs]
+
+
 def _dot_u8s8(builder: Any, acc: Any, u: Any, s: Any) -> Any:
-    bytes_u, bytes_s = builder.bitcast(u, VI8), builder.bitcast(s, VI8)
-    if current_isa().vnni:
-        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", VI32, acc, bytes_u, bytes_s)
-    for position in range(4):
-        left, right = _const(VI32, 24 - 8 * position), _const(VI32, 24)
-        byte_u = builder.lshr(builder.shl(u, left), right)
-        acc = builder.add(acc, builder.mul(byte_u, builder.ashr(builder.shl(s, left), right)))
+    isa = current_isa()
+    u, s = builder.bitcast(u, VI8), builder.bitcast(s, VI8)
+    if isa.vnni:
+        return in_parts(builder, f"llvm.x86.avx512.vpdpbusd.{isa.bits}", isa.bits, VI32, acc, u, s)
+    if isa.i8mm:  # NEON lowerings are compiled but have not been run
+        return in_parts(builder, "llvm.aarch64.neon.usdot.v4i32.v16i8", 128, VI32, acc, u, s)
+    if isa.dotprod:
+        # u = (u - 128) + 128, and 128 is 64 twice; the second part depends on s only.
+        sdot, quarter = "llvm.aarch64.neon.sdot.v4i32.v16i8", _const(VI8, 64)
+        rest = in_parts(builder, sdot, 128, VI32, in_parts(builder, sdot, 128, VI32, _const(VI32, 0), s, quarter), s, quarter)
+        return builder.add(in_parts(builder, sdot, 128, VI32, acc, builder.xor(u, _const(VI8, 128)), s), rest)
+    for products in _byte_products(builder, u, s):
+        acc = builder.add(acc, products)
     return acc
 
 
-dot_u8s8 = _simple("dot_u8s8", "acc + sum of 4 products u8 * s8 per lane, exact.", i32x16, (i32x16, i32x16, i32x16), _dot_u8s8)
+dot_u8s8 = _simple("dot_u8s8", "acc + sum of 4 products u8 * s8 per lane, exact (modulo 2^32).", i32x16, (i32x16, i32x16, i32x16), _dot_u8s8)
 
 
 # ---- register files -------------------------------------------------------------------------------------------------

@@ -18,13 +18,11 @@ from presage.kernels.cpu.simd import (
     broadcast_i32,
     dot_bf16,
     dot_u8s8,
-    float_bits,
     float_of,
     fma,
     get,
     get_i32,
     get_u16,
-    int_bits,
     load_bf16,
     load_f32,
     load_i32,
@@ -40,6 +38,8 @@ from presage.kernels.cpu.simd import (
     store_i32,
     zero_f32,
 )
+from presage.kernels.cpu.simd_int import dot_u7s8, high_nibbles, load_f16, low_nibbles
+from presage.kernels.cpu.tiles_wide import exponent_tile, wide_tile
 
 
 @device
@@ -78,7 +78,11 @@ def _operations(fmt: str) -> tuple[Any, ...]:
 
 def make_tile(layout: Layout, rows: int) -> Any:
     """The tile of `rows` rows for a layout."""
-    return _grouped_tile(layout, rows) if layout.group else _word_tile(layout, rows)
+    if layout.fmt == "bf16x12":
+        return exponent_tile(layout, rows)
+    if layout.group:
+        return _grouped_tile(layout, rows) if layout.integer else wide_tile(layout, rows)
+    return _word_tile(layout, rows)
 
 
 def _word_tile(layout: Layout, rows: int) -> Any:
@@ -109,25 +113,7 @@ def _word_tile(layout: Layout, rows: int) -> Any:
     return tile
 
 
-@device
-def load_f16(base, offset):  # type: ignore[no-untyped-def]
-    """16 IEEE halves as f32, exactly and without the F16C instructions: the bits moved over and the exponent set right by a product."""
-    bits = int_bits(load_bf16(base, offset)) >> broadcast_i32(16)
-    magnitude = float_bits((bits & broadcast_i32(0x7FFF)) << broadcast_i32(13)) * float_bits(broadcast_i32(0x77800000))
-    return float_bits(int_bits(magnitude) | ((bits & broadcast_i32(0x8000)) << broadcast_i32(16)))
-
-
-_SCALES = {"bf16": load_bf16, "f16": load_f16, "f32": load_f32}
-
-
-@device
-def _low(w):  # type: ignore[no-untyped-def]
-    return w & broadcast_i32(0x0F0F0F0F)
-
-
-@device
-def _high(w):  # type: ignore[no-untyped-def]
-    return (w >> broadcast_i32(4)) & broadcast_i32(0x0F0F0F0F)
+SCALES = {"bf16": load_bf16, "f16": load_f16, "f32": load_f32}
 
 
 def _nibble_step(rows: int, vectors: int) -> Any:
@@ -141,11 +127,11 @@ def _nibble_step(rows: int, vectors: int) -> Any:
         for r in range(rows):
             value = splat_load_i32(x + r * stride + place * 8, 0)
             for v in range(vectors):
-                put(ints, r * vectors + v, dot_u8s8(get(ints, r * vectors + v), _low(get(column, v)), value))
+                put(ints, r * vectors + v, dot_u7s8(get(ints, r * vectors + v), low_nibbles(get(column, v)), value))
         for r in range(rows):
             value = splat_load_i32(x + r * stride + place * 8, 1)
             for v in range(vectors):
-                put(ints, r * vectors + v, dot_u8s8(get(ints, r * vectors + v), _high(get(column, v)), value))
+                put(ints, r * vectors + v, dot_u7s8(get(ints, r * vectors + v), high_nibbles(get(column, v)), value))
 
     return step
 
@@ -198,7 +184,7 @@ def _grouped_tile(layout: Layout, rows: int) -> Any:
     groups, head, unit, codes = layout.groups, layout.head, layout.unit_bytes, layout.code_bytes
     scale_line = 16 * SCALE_BYTES[layout.scale]
     zeros_at = groups * scale_line
-    begin, load_scale = _begin(layout, rows), _SCALES[layout.scale]
+    begin, load_scale = _begin(layout, rows), SCALES[layout.scale]
     step = (_nibble_step if layout.bits == 4 else _byte_step)(rows, vectors)
 
     @subroutine
@@ -265,7 +251,7 @@ def make_start(layout: Layout) -> Any:
 
 def make_value(layout: Layout) -> Any:
     """A row's accumulators to products: `scales` are the outputs' scales (w8), `meta` is where the row's own scale lies."""
-    if not layout.integer:
+    if not layout.integer:  # rows as they are
 
         @device
         def value(acc, place, scales, meta):  # type: ignore[no-untyped-def]

@@ -23,6 +23,7 @@ I1, I8, I16, I32, I64, FLOAT = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.
 VF32 = ir.VectorType(FLOAT, LANES)
 VI32 = ir.VectorType(I32, LANES)
 VI16 = ir.VectorType(I16, LANES)
+VI16X2 = ir.VectorType(I16, 2 * LANES)
 VI8 = ir.VectorType(I8, 4 * LANES)
 VI1 = ir.VectorType(I1, LANES)
 
