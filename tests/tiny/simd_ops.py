@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from presage.kernels.cpu import simd, simd_int
-from presage.kernels.cpu.cache import Kernel, device, kernel
+from presage.kernels.cpu.cache import Kernel, device, kernel, subroutine
 from presage.kernels.cpu.isa import current_isa
 from presage.kernels.cpu.region import HEADER
 from presage.kernels.cpu.simd import broadcast_f32, broadcast_i32, get_i64, int_bits, load_f32, load_i32, select_i32, store_i32
@@ -22,19 +22,27 @@ from presage.kernels.cpu.team import Table
 
 VECTORS, FIRST, SECOND, OUT = range(HEADER, HEADER + 4)
 
-FLOAT = (
-    "add sub mul truediv fma sqrt maximum minimum select absolute max_abs int_bits pair_join round_int round_i8 store_i8 store_bf16 "
+
+def names(text: str) -> list[str]:
+    """Words of a text."""
+    return text.split()
+
+
+FLOAT = names(
+    "add sub mul truediv fma sqrt maximum minimum select absolute max_abs store_f32 pair_join round_int round_i8 store_i8 store_bf16 "
     "lt le gt ge eq reduce_sum reduce_max reduce_max_abs"
-).split()
-INTEGER = (
+)
+INTEGER = names(
     "add sub mul and_ or_ xor lshift rshift lt le gt ge eq select_i32 float_of float_bits pair_low pair_high low_nibbles high_nibbles "
-    "lookup_u8 permute_u16 dot_u8s8 dot_u7s8 dot_i16 dot_bf16 reduce_sum_i32 lane_index zero_i32 zero_f32 any_of all_of mask_and mask_or mask_xor"
-).split()
-MEMORY = (
+    "lookup_u8 permute_u16 dot_u8s8 dot_u7s8 dot_i16 dot_bf16 "
+    "reduce_sum_i32 lane_index zero_i32 zero_f32 any_of all_of mask_and mask_or mask_xor "
+    "repeat_low_half table_u16"
+)
+MEMORY = names(
     "load_f16 load_bf16 load_u8 load_i8 splat_load_f32 splat_load_i32 splat_load_bf16 load_f32_n load_bf16_n store_f32_n store_bf16_n "
     "get_f32 get_bf16 get_i64 get_i32 get_u16 get_i8 get_u8 set_f32 set_i32 set_i64 set_u8 set_bf16"
-).split()
-STATE = "atomic_add atomic_load atomic_store registers_i32 registers_f32".split()
+)
+STATE = names("atomic_add atomic_load atomic_store registers_i32 registers_f32 outlined")
 COUNT = 5
 
 
@@ -52,6 +60,12 @@ def _where(mask):  # type: ignore[no-untyped-def]
 @device
 def _all(value):  # type: ignore[no-untyped-def]
     return int_bits(broadcast_f32(value))
+
+
+@subroutine
+def _apart(value):  # type: ignore[no-untyped-def]
+    simd.outlined()
+    return value * value + broadcast_i32(1)
 
 
 @kernel
@@ -74,7 +88,8 @@ def float_ops() -> Any:
             to = _put(out, to, step, int_bits(simd.select(a < b, a, b)))
             to = _put(out, to, step, int_bits(simd_int.absolute(a)))
             to = _put(out, to, step, int_bits(simd_int.max_abs(a, b)))
-            to = _put(out, to, step, int_bits(a))
+            simd.store_f32(out, to, a)
+            to += step
             to = _put(out, to, step, simd.pair_join(a, b))
             to = _put(out, to, step, simd.round_int(a))
             to = _put(out, to, step, simd_int.round_i8(a))
@@ -140,6 +155,9 @@ def integer_ops() -> Any:
             to = _put(out, to, step, _where((a < b) & simd.first_lanes(11)))
             to = _put(out, to, step, _where((a < b) | simd.first_lanes(3)))
             to = _put(out, to, step, _where((a < b) ^ simd.first_lanes(8)))
+            to = _put(out, to, step, simd_int.repeat_low_half(a))
+            n = simd.get_u16(x, 2 * at)
+            to = _put(out, to, step, simd_int.table_u16(n, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, n + 12, -1, 65535, 65536))
 
     return run
 
@@ -149,7 +167,7 @@ def memory_ops() -> Any:
     """`MEMORY`: vector v reads `first` from byte v on, so at every alignment, and of partial loads and stores v % 17 lanes."""
 
     def run(table):  # type: ignore[no-untyped-def]
-        vectors, x, y, out = get_i64(table, VECTORS), get_i64(table, FIRST), get_i64(table, SECOND), get_i64(table, OUT)
+        vectors, x, out = get_i64(table, VECTORS), get_i64(table, FIRST), get_i64(table, OUT)
         step = 16 * vectors
         for v in range(vectors):
             at, count, to = x + v, v % 17, 16 * v
@@ -212,6 +230,7 @@ def state_ops(count: int) -> Any:
                 sum_of = sum_of * broadcast_f32(np.float32(3)) + simd.get(reals, count - 1 - i)
             to = _put(out, to, step, total)
             to = _put(out, to, step, int_bits(sum_of))
+            to = _put(out, to, step, _apart(_apart(load_i32(x, at))))
 
     return run
 

@@ -14,6 +14,7 @@ import transformers
 from presage.core.errors import CheckpointError, UnsupportedModel
 from presage.models.loading import open_checkpoint
 from presage.models.loading.gguf_config import _llama3_divisors
+from presage.quantize.canonical import Canonical
 from tests.tiny.to_gguf import write_gguf
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -67,12 +68,11 @@ def test_transformers_reads_the_same_file_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quant", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.float32), ("Q4_0", torch.float32)]
+    ("quant", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.float32), ("Q5_0", torch.float32)]
 )
 def test_quantised_tensors(tmp_path: Path, quant: str, dtype: torch.dtype) -> None:
     model = random_model("qwen2")
     checkpoint = open_checkpoint(write_gguf(model, tmp_path / "m.gguf", quant))
-    assert checkpoint.nbytes == 2 * sum(t.numel() for _, t in checkpoint.items())
     kind = gguf.GGMLQuantizationType[quant]
     for name, tensor in checkpoint.items():
         original = model.state_dict()[name]
@@ -80,8 +80,41 @@ def test_quantised_tensors(tmp_path: Path, quant: str, dtype: torch.dtype) -> No
             assert tensor.dtype == dtype
             data = gguf.quants.quantize(original.numpy(), kind)
             assert np.array_equal(tensor.float().numpy(), gguf.quants.dequantize(data, kind)), name
+            assert checkpoint.stored_bytes(name) == data.nbytes
         else:
             assert torch.equal(tensor, original), name
+    assert checkpoint.nbytes == sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1"])
+def test_weights_stay_quantised_with_rows_in_order(tmp_path: Path, kind: str, quant: str) -> None:
+    """Llama's q and k rows lie permuted in the file: codes and scales must come back in the order of the dense tensor."""
+    model = random_model(kind)
+    checkpoint = open_checkpoint(write_gguf(model, tmp_path / "m.gguf", quant))
+    for name in checkpoint.names():
+        weight, dense = checkpoint.get_weight(name), checkpoint.get(name)
+        assert isinstance(weight, Canonical) == (dense.dim() == 2), name
+        assert torch.equal(weight.unpack() if isinstance(weight, Canonical) else weight, dense), name
+        original = model.state_dict()[name]
+        assert torch.nn.functional.cosine_similarity(dense.flatten(), original.flatten(), 0) > 0.99, name
+
+
+def test_types_without_a_form_of_their_own_stay_dense(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(random_model("llama"), tmp_path / "m.gguf", "Q5_0"))
+    weight = checkpoint.get_weight("model.layers.0.self_attn.q_proj.weight")
+    assert isinstance(weight, torch.Tensor)
+    assert torch.equal(weight, checkpoint.get("model.layers.0.self_attn.q_proj.weight"))
+
+
+def test_bytes_in_memory(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(random_model("llama", tie_word_embeddings=True), tmp_path / "m.gguf", "Q4_0"))
+    up, embed, norm = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"
+    assert checkpoint.stored_bytes(up, torch.bfloat16) == 96 * 64 // 32 * 18
+    # A quantised embedding is held dense for its rows, and as it is for the head that shares it.
+    assert checkpoint.stored_bytes(embed, torch.bfloat16) == 128 * 64 // 32 * 18 + 128 * 64 * 2
+    assert checkpoint.stored_bytes(norm, torch.bfloat16) == 64 * 2
+    assert checkpoint.stored_bytes(norm) == 64 * 4
 
 
 def test_llama3_scaling_is_found_again(tmp_path: Path) -> None:

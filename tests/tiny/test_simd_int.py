@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding
 
+from presage.kernels.cpu import simd, simd_int
 from presage.kernels.cpu.isa import current_isa, of_features
 from tests.tiny import simd_ops
 from tests.tiny.simd_ops import COUNT, FLOAT, INTEGER, MEMORY, STATE, bytes_of, floats, integers, results
@@ -102,6 +105,13 @@ def lookups(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(table, index, 1).view(np.int32), np.take_along_axis(halves, places.astype(np.int64), 1).view(np.int32)
 
 
+def tables_u16(first: np.ndarray) -> np.ndarray:
+    """Tables of the numbers that `integer_ops` gives."""
+    entries = np.tile(np.array([*range(13), 0xFFFF, 0xFFFF, 0], np.uint16), (len(first), 1))
+    entries[:, 0], entries[:, 12] = first, first + np.uint16(12)
+    return np.concatenate([entries, entries], 1).view(np.int32)
+
+
 def dot_bf16_wanted(a: np.ndarray, b: np.ndarray, instruction: bool) -> np.ndarray:
     """Two fused additions, high halves first; the instruction takes denormals for zero, on both sides."""
 
@@ -119,14 +129,15 @@ def integer_wanted(a: np.ndarray, b: np.ndarray) -> Words:
     halves = [v.view(np.int16).reshape(-1, 16, 2) for v in (a, b)]
     looked, permuted = lookups(a, b)
     lanes, first = np.arange(16), [np.arange(16) < count for count in (11, 3, 8)]
-    zero = np.zeros((n, 16), np.int32)
+    zero, sums = np.zeros((n, 16), np.int32), (a.astype(np.int64).sum(1) >> 4).astype(np.uint64).astype(np.uint32).view(np.int32)
     with np.errstate(all="ignore"):
         values = [
             a + b, a - b, a * b, a & b, a | b, a ^ b, a << shift, (a.view(np.uint32) >> shift.view(np.uint32)).view(np.int32),
             a < b, a <= b, a > b, a >= b, a == b, np.where(a < b, a, b), a.astype(np.float32), a, a << 16, a & -65536, a & low, (a >> 4) & low,
             looked, permuted, pairs_dot(b, bytes_a, bytes_b), pairs_dot(b, bytes_a & 127, bytes_b), pairs_dot(b, *halves),
-            dot_bf16_wanted(a, b, current_isa().bf16_dot), rows((a.astype(np.int64).sum(1) >> 4).astype(np.uint64).astype(np.uint32).view(np.int32)), zero + lanes,
-            zero, zero, rows((a == b).any(1)), rows((a == b).all(1)), (a < b) & first[0], (a < b) | first[1], (a < b) ^ first[2],
+            dot_bf16_wanted(a, b, current_isa().bf16_dot), rows(sums), zero + lanes, zero, zero,
+            rows((a == b).any(1)), rows((a == b).all(1)), (a < b) & first[0], (a < b) | first[1], (a < b) ^ first[2],
+            a[:, [*range(8)] * 2], tables_u16(a.view(np.uint16)[:, 0]),
         ]  # fmt: skip
     return dict(zip(INTEGER, map(words, values), strict=True))
 
@@ -167,6 +178,10 @@ def memory_wanted(memory: np.ndarray, n: int) -> Words:
     return dict(zip(MEMORY, map(words, values), strict=True))
 
 
+def apart(x: np.ndarray) -> np.ndarray:
+    return x * x + np.int32(1)
+
+
 def state_wanted(x: np.ndarray) -> Words:
     long = x.view(np.int64)[:, :1]
     ints = [x + np.int32(i) for i in range(COUNT)]
@@ -174,7 +189,7 @@ def state_wanted(x: np.ndarray) -> Words:
     for value in reversed(ints):
         total, reals = total * np.int32(3) + value, reals * np.float32(3) + value.astype(np.float32)
     # The counter that atomic_add found held -1.
-    values = [np.full_like(x, 4), rows((long[:, 0] >> 7).astype(np.int32)), patched(len(x), np.int64, 3, long), total, reals]
+    values = [np.full_like(x, 4), rows((long[:, 0] >> 7).astype(np.int32)), patched(len(x), np.int64, 3, long), total, reals, apart(apart(x))]
     return dict(zip(STATE, map(words, values), strict=True))
 
 
@@ -207,6 +222,12 @@ def test_all_halves_widen_exactly() -> None:
     # NaNs keep sign and payload and become quiet.
     bits = halves[~numbers].astype(np.int64)
     assert (found[~numbers].view(np.uint32) == ((bits & 0x8000) << 16 | 0x7FC00000 | (bits & 0x3FF) << 13)).all()
+
+
+def test_no_intrinsic_is_left_out() -> None:
+    text = Path(simd_ops.__file__).read_text()
+    public = [name for module in (simd, simd_int) for name, value in vars(module).items() if isinstance(value, type(simd.fma)) and name[0] != "_"]
+    assert len(public) > 70 and not [name for name in public if not re.search(rf"\b{name}\b\(", text)]
 
 
 BYTES = st.binary(min_size=128, max_size=128)

@@ -12,6 +12,7 @@ import torch
 from presage.core.errors import UnsupportedModel
 from presage.models.params import Params
 from presage.models.weights import Weights
+from presage.quantize.canonical import Canonical
 
 LANES = 16
 
@@ -39,12 +40,29 @@ class WideHeads(Weights):
         """Is the tensor in the checkpoint?"""
         return self._inner.has(part, layer, suffix)
 
-    def get(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> torch.Tensor:
-        """One tensor, widened if it belongs to heads."""
-        tensor = self._inner.get(part, layer, suffix, expert)
+    def name(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> str:
+        """The full tensor name of a part."""
+        return self._inner.name(part, layer, suffix, expert)
+
+    def get(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> torch.Tensor | Canonical:
+        """One tensor, widened if it belongs to heads. Raises UnsupportedModel for one whose groups of inputs would change."""
+        found = self._inner.get(part, layer, suffix, expert)
         if part in ("q", "k", "v"):
-            return self._widen(tensor, 0)
-        return self._widen(tensor, 1) if part == "o" and suffix == ".weight" else tensor
+            # Rows of zeros have scales of zero too, so they mean zero whatever their codes.
+            return found.by_row(self._more_rows) if isinstance(found, Canonical) else self._more_rows(found)
+        if part != "o" or suffix != ".weight":
+            return found
+        return self._more_inputs(found, self.name(part, layer)) if isinstance(found, Canonical) else self._widen(found, 1)
+
+    def _more_rows(self, part: torch.Tensor) -> torch.Tensor:
+        return self._widen(part, 0)
+
+    def _more_inputs(self, weight: Canonical, name: str) -> Canonical:
+        plain = all(part is None for part in (weight.zero, weight.sub, weight.low, weight.perm))
+        if weight.group != weight.shape[1] or not plain:
+            raise UnsupportedModel(f"{name}: heads of {self._dim} with weights quantised in groups are not supported", param="model")
+        codes = self._widen(weight.codes, 1)
+        return replace(weight, codes=codes, group=codes.shape[1])
 
     def _widen(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         heads = tensor.unflatten(axis, (-1, self._dim))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from presage.core.errors import ConfigError, UnsupportedModel
+from presage.core.errors import ConfigError
 from presage.layers.ops import Ops
 from presage.models.base import Model, Progress
+from presage.models.loading.quantized import quantized
 from presage.models.pad import padded
 from presage.models.params import parse
 from presage.models.weights import Checkpoint, Weights
@@ -33,13 +34,12 @@ def build_model(
 ) -> Model:
     """Build and pack a model. ``dtype`` must be the ops' own; ``progress(done, layers)`` is called after each layer. ``max_len``: tokens
     served at most (the checkpoint's own by default); it sizes the rotary tables and, for longrope, chooses them. ``scheme``: how dense
-    weights are quantised while they are loaded, None = not.
+    weights are quantised while they are loaded, None = not; weights that are stored quantised stay as they are.
 
-    Raises UnsupportedModel (a type or option; the message lists what is supported) and CheckpointError (a tensor missing or misshapen).
+    Raises UnsupportedModel (a type, an option, a quantisation; the message lists what is supported) and CheckpointError (a tensor missing
+    or misshapen).
     """
-    params = parse(checkpoint.config).limited(max_len)
-    if found := checkpoint.config.get("quantization_config"):
-        raise UnsupportedModel(f"weights quantised by {found.get('quant_method', 'an unknown method')} are not supported", param="model")
+    params, checkpoint = parse(checkpoint.config).limited(max_len), quantized(checkpoint)
     if dtype != ops.dtype:
         raise ConfigError(f"weights of type {dtype} for kernels of type {ops.dtype}", param="dtype")
     cls = family(params.model_type)

@@ -1,18 +1,20 @@
-"""Where a family keeps its tensors: one table of names per family, read through one small view."""
+"""Where a family keeps its tensors: one table of names per family, read through one small view. Matrices may come quantised."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from presage.core.errors import CheckpointError
 from presage.models.params import Params
+from presage.quantize.canonical import Canonical
 
 
 class Checkpoint(Protocol):
-    """What loading hands over: the configuration and named tensors (mapped, not copied)."""
+    """What loading hands over: the configuration and named tensors (mapped, not copied). One that has quantised tensors offers
+    ``get_weight`` as well, which gives those as Canonical."""
 
     config: Any
 
@@ -71,7 +73,8 @@ class Weights:
         roots: tuple[str, ...] = ("model.", ""),
         shapes: Mapping[str, Shape] | None = None,
     ) -> None:
-        self._get, self._names, self._shapes = checkpoint.get, names, shapes or {}
+        self._get: Callable[[str], torch.Tensor | Canonical] = getattr(checkpoint, "get_weight", checkpoint.get)
+        self._names, self._shapes = names, shapes or {}
         self._present = frozenset(checkpoint.names())
         embed = names["embed"]
         self._plain = embed[: embed.index(".") + 1]
@@ -93,17 +96,25 @@ class Weights:
         """Is the tensor in the checkpoint?"""
         return part in self._names and self.name(part, layer, suffix) in self._present
 
-    def get(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> torch.Tensor:
-        """One tensor. Raises CheckpointError naming it if it is missing or has another shape than the configuration says."""
+    def get(self, part: str, layer: int = 0, suffix: str = ".weight", expert: int = 0) -> torch.Tensor | Canonical:
+        """One tensor, Canonical if it is quantised. Raises CheckpointError naming it if it is missing or has another shape than the
+        configuration says."""
         name = self.name(part, layer, suffix, expert)
         if name not in self._present:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
         tensor, wanted = self._get(name), self._shapes.get(part)
-        fits = wanted is None or tuple(tensor.shape) == wanted or (suffix == ".bias" and tensor.dim() == 1 and len(tensor) in wanted)
-        if not fits:
-            raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}; the configuration says {list(wanted or ())}")
-        return tensor
+        shape = tuple(tensor.shape)
+        if wanted is None or shape == wanted or (suffix == ".bias" and len(shape) == 1 and shape[0] in wanted):
+            return tensor
+        raise CheckpointError(f"tensor {name} has shape {list(shape)}; the configuration says {list(wanted)}")
+
+    def tensor(self, part: str, layer: int = 0, suffix: str = ".weight") -> torch.Tensor:
+        """One tensor of a part that is never quantised (a norm, a bias). Raises CheckpointError if it is."""
+        found = self.get(part, layer, suffix)
+        if isinstance(found, Canonical):
+            raise CheckpointError(f"tensor {self.name(part, layer, suffix)} is quantised, which only matrices may be")
+        return found
 
     def maybe(self, part: str, layer: int = 0, suffix: str = ".bias") -> torch.Tensor | None:
         """One tensor, None if the checkpoint has none."""
-        return self.get(part, layer, suffix) if self.has(part, layer, suffix) else None
+        return self.tensor(part, layer, suffix) if self.has(part, layer, suffix) else None

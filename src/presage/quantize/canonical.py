@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -91,7 +92,8 @@ class Canonical:
 
     def by_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Canonical:
         """One change of the outputs (a cut, an order, rows of zeros) made to codes, scales and all: each is [N, ...]."""
-        return replace(self, **{n: change(getattr(self, n)) for n in _BY_ROW if getattr(self, n) is not None})
+        changed: dict[str, Any] = {n: change(getattr(self, n)) for n in _BY_ROW if getattr(self, n) is not None}
+        return replace(self, **changed)
 
     def chunk(self, parts: int) -> tuple[Canonical, ...]:
         """Equal parts of the outputs, as torch's ``chunk`` (a fused gate and up)."""
@@ -107,6 +109,7 @@ class Canonical:
         return same and present and (self.perm is None or other.perm is None or torch.equal(self.perm, other.perm))
 
 
+_ROWS = 1024
 _BY_ROW = ("codes", "scale", "zero", "sub", "low", "low_scale")
 
 
@@ -118,4 +121,16 @@ def fuse(parts: Sequence[Canonical]) -> Canonical:
     if len(parts) == 1:
         return first
     # Scales may come in different float types; torch.cat takes the wider one, which keeps every value.
-    return replace(first, **{n: torch.cat([getattr(p, n) for p in parts]) for n in _BY_ROW if getattr(first, n) is not None})
+    joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in _BY_ROW if getattr(first, n) is not None}
+    return replace(first, **joined)
+
+
+def dense(weight: torch.Tensor | Canonical, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as a contiguous tensor of a type; one that is so already comes back as it is (mapped). Quantised ones are unpacked
+    some rows at a time: a vocabulary in float32 would be four times its codes and more."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(dtype).contiguous()
+    out = torch.empty(weight.shape, dtype=dtype)
+    for start in range(0, len(out), _ROWS):
+        out[start : start + _ROWS] = weight.rows(start, min(start + _ROWS, len(out))).unpack()
+    return out

@@ -29,9 +29,6 @@ PANEL_BYTES = 1 << 16
 """Bytes of a plane per panel: three planes of it are 192 KB, which stays in the L2 beside the rows."""
 WHOLE_BYTES = 1 << 17
 """Up to this many bytes a plane is taken in one piece."""
-AHEAD = 2048
-"""Bytes a lone row tile looks ahead in each plane, three planes at once (measured best of 512 to 8192 on Zen 4)."""
-
 WORDS = 24 + PREPARE_WORDS
 (
     WEIGHTS,
@@ -141,7 +138,8 @@ def make_finish(form: Layout) -> Any:
 def make_chunk(form: Layout) -> Any:
     """A function for one column block and up to CHUNK_ROWS rows: all of K, then the epilogue."""
     vectors, line, unit_bytes, x_bytes, unit_sums = form.vectors, form.columns * 4, form.unit_bytes, form.x_bytes, form.groups * 4
-    tail = -(-AHEAD // unit_bytes)
+    reach = form.ahead
+    tail = -(-reach // unit_bytes)
     whole_units, panel_units = WHOLE_BYTES // unit_bytes, max(1, PANEL_BYTES // unit_bytes)
     (panel, tiles_of), odd_word, start_row, finish = make_panel(form), make_odd_word(form), make_start(form), make_finish(form)
     dense = not form.filled
@@ -168,11 +166,11 @@ def make_chunk(form: Layout) -> Any:
             if follow != 0 and start + length == units and length > tail and tiles_of(stop - row) == 1:
                 # A lone tile would look past the block's end here; it looks at the beginning of the next block instead.
                 head = length - tail
-                panel(at, plane, place, part, stride, acc, stop - row, head, lines, 0, AHEAD)
+                panel(at, plane, place, part, stride, acc, stop - row, head, lines, 0, reach)
                 at, place, part = at + head * unit_bytes, place + head * x_bytes, part + head * unit_sums
                 panel(at, plane, place, part, stride, acc, stop - row, tail, lines, 0, following - at)
             else:
-                panel(at, plane, place, part, stride, acc, stop - row, length, lines, follow, AHEAD)
+                panel(at, plane, place, part, stride, acc, stop - row, length, lines, follow, reach)
             start += length
         if odd:
             odd_word(weights + units * unit_bytes, plane, x + units * 4, stride, acc, stop - row)

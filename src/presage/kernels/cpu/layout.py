@@ -61,6 +61,11 @@ class Layout:
         return self.columns // 16
 
     @property
+    def ahead(self) -> int:
+        """Bytes a lone row tile looks ahead in each plane: 6 KB over all planes are best (measured on Zen 4, 2 to 16 KB)."""
+        return 6144 // self.vectors // LINE * LINE
+
+    @property
     def code_bytes(self) -> int:
         """Bytes of one plane's codes of a group."""
         return self.group * self.bits * 2
@@ -93,6 +98,7 @@ def layout(fmt: str) -> Layout:
         return Layout(fmt, isa.tile_rows, isa.tile_columns, 2 if fmt == "bf16" else 1, LINE, 4, fmt)
     if fmt == "w8":
         return Layout(fmt, isa.tile_rows, isa.tile_columns, 4, LINE, 4, "i8", 8)
+    # Looking values up takes registers of its own.
     narrow = 32 if isa.tile_columns > 16 else 16
     if fmt == "bf16x12":
         return Layout(fmt, isa.tile_rows, narrow, X12_INPUTS, LINE + X12_INPUTS * 24, 2 * X12_INPUTS, "bf16", 12)
@@ -108,5 +114,5 @@ def layout(fmt: str) -> Layout:
     unit_bytes = head + groups * group * bits * 2
     size, operand = (2, "bf16") if found[5] else (1, "i8")
     return Layout(
-        fmt, isa.tile_rows, narrow, group * groups, unit_bytes, size * group * groups, operand, bits, group, groups, head, zero, scale
+        fmt, isa.tile_rows, narrow if found[5] else isa.tile_columns, group * groups, unit_bytes, size * group * groups, operand, bits, group, groups, head, zero, scale
     )

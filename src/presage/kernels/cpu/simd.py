@@ -390,19 +390,19 @@ dot_bf16 = _simple(
 )
 
 
-def in_parts(builder: Any, name: str, bits: int, result: ir.VectorType, *operands: Any) -> Any:
-    """Call a target intrinsic whose registers have `bits` bits on the pieces of 512-bit operands; `result` is the type of the whole."""
+def piece(builder: Any, value: Any, index: int, count: int) -> Any:
+    """The `index`-th of `count` equal pieces of a vector."""
+    size = value.type.count // count
+    lanes = ir.Constant(ir.VectorType(I32, size), list(range(index * size, (index + 1) * size)))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), lanes)
+
+
+def in_parts(builder: Any, name: str, bits: int, result: ir.VectorType, *operands: Any, every: tuple[Any, ...] = ()) -> Any:
+    """Call a target intrinsic whose registers have `bits` bits on the pieces of 512-bit operands, after the operands that `every`
+    call gets; `result` is the type of the whole."""
     count = 512 // bits
-    if count == 1:
-        return _call(builder, name, result, *operands)
-
-    def piece(value: Any, index: int) -> Any:
-        size = value.type.count // count
-        lanes = ir.Constant(ir.VectorType(I32, size), list(range(index * size, (index + 1) * size)))
-        return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), lanes)
-
     part = ir.VectorType(result.element, result.count // count)
-    parts = [_call(builder, name, part, *(piece(value, index) for value in operands)) for index in range(count)]
+    parts = [_call(builder, name, part, *every, *(piece(builder, v, index, count) for v in operands)) for index in range(count)]
     while len(parts) > 1:
         both = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
         parts = [builder.shuffle_vector(low, high, both) for low, high in zip(parts[::2], parts[1::2], strict=True)]

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import types
 
 from presage.kernels.cpu.isa import current_isa
-from presage.kernels.cpu.simd import _call, _const, _dot_u8s8, _load, _simple, _tree, in_parts, madd_i16
+from presage.kernels.cpu.simd import _call, _const, _dot_u8s8, _load, _simple, _tree, in_parts, madd_i16, piece
 from presage.kernels.cpu.vectors import I32, I64, LANES, VF32, VI8, VI16, VI16X2, VI32, f32x16, i32x16
 
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
@@ -111,21 +111,27 @@ def _permute_u16(builder: Any, table: Any, index: Any) -> Any:
         found = _call(builder, "llvm.x86.avx512.permvar.hi.512", VI16X2, builder.bitcast(table, VI16X2), index)
         return builder.bitcast(found, VI32)
     index = builder.and_(index, _const(VI16X2, 31))
-    if isa.bits == 256:
-        return _permute_by_quarters(builder, table, index)
-    return builder.bitcast(_search(builder, builder.bitcast(table, VI16X2), index, 32), VI32)
+    if not isa.bits and not isa.neon:
+        return builder.bitcast(_search(builder, builder.bitcast(table, VI16X2), index, 32), VI32)
+    # By bytes: entry i lies at 2i and 2i + 1.
+    places = builder.bitcast(builder.add(builder.mul(index, _const(VI16X2, 0x0202)), _const(VI16X2, 0x0100)), VI8)
+    if isa.neon:
+        quarters = tuple(piece(builder, builder.bitcast(table, VI8), quarter, 4) for quarter in range(4))
+        found = in_parts(builder, "llvm.aarch64.neon.tbl4.v16i8", 128, VI8, places, every=quarters)
+    else:
+        found = _permute_by_quarters(builder, table, places)
+    return builder.bitcast(found, VI32)
 
 
-def _permute_by_quarters(builder: Any, table: Any, index: Any) -> Any:
-    """One byte shuffle for each 16 bytes of the table. Each gives 0 for indices that lie elsewhere, so their results are joined by or."""
-    pairs = builder.add(builder.mul(index, _const(VI16X2, 0x0202)), _const(VI16X2, 0x0100))
-    places, found = builder.bitcast(pairs, VI8), _const(VI8, 0)
+def _permute_by_quarters(builder: Any, table: Any, places: Any) -> Any:
+    """One byte shuffle for each 16 bytes of the table. Each gives 0 for places that lie elsewhere, so their results are joined by or."""
+    found = _const(VI8, 0)
     for quarter in range(4):
         # 0x70 more sets the top bit of every place but 0..15, and leaves the low four bits as they are.
         inside = builder.add(builder.xor(places, _const(VI8, 16 * quarter)), _const(VI8, 0x70))
         part = builder.bitcast(_repeat_quarter(builder, table, quarter), VI8)
         found = builder.or_(found, _shuffle_bytes(builder, part, inside))
-    return builder.bitcast(found, VI32)
+    return found
 
 
 permute_u16 = _simple(

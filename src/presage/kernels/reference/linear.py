@@ -28,7 +28,8 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes float32 [t, K], scale [t]): each row's largest magnitude becomes 127, ties round to even. A NaN makes the row's scale NaN."""
     wide = x.float()
     limit = wide.abs().amax(-1)
-    factor = torch.where(limit > 0, 127.0 / limit, torch.zeros_like(limit))
+    # A number over a tensor would be its reciprocal times the number, which rounds twice.
+    factor = torch.where(limit > 0, torch.full_like(limit, 127.0) / limit, torch.zeros_like(limit))
     return (wide * factor[:, None]).round(), limit / 127.0
 
 

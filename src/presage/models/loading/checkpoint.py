@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from presage.core.errors import CheckpointError
+from presage.quantize.canonical import Canonical
 
 Progress = Callable[[int, int], None]
 FLOATS: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,7 +22,7 @@ NEAREST = 3
 class Checkpoint(ABC):
     """An open checkpoint. Nothing is read until ``get``; ``config`` is Hugging Face's config.json whatever the format.
 
-    ``path`` is the folder or file, ``nbytes`` the size of all tensors as ``get`` returns them, ``generation_config`` may be empty.
+    ``path`` is the folder or file, ``nbytes`` the size of all tensors as they are stored, ``generation_config`` may be empty.
     """
 
     path: Path
@@ -36,6 +37,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor without reading it. Raises CheckpointError if it is missing."""
+
+    @abstractmethod
+    def stored_bytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        """Bytes of one tensor as it is stored, or in memory if dense ones are held in ``dtype``."""
 
     @abstractmethod
     def _read(self, name: str) -> torch.Tensor:
@@ -58,6 +63,14 @@ class Checkpoint(ABC):
                 f"{self.path}: tensor {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected one of {known}"
             )
         return tensor
+
+    def get_weight(self, name: str) -> torch.Tensor | Canonical:
+        """The tensor ``name`` as it is stored: a Canonical if it is quantised, else what ``get`` gives. Raises as ``get`` does."""
+        return self.get(name)
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights in memory: quantised ones as they are, dense ones in ``dtype``."""
+        return sum(self.stored_bytes(name, dtype) for name in self.names())
 
     def require(self, name: str) -> None:
         """Raise CheckpointError naming the nearest tensors unless ``name`` exists."""

@@ -8,6 +8,7 @@ speed (a billion parameters in a few seconds) where drawing them would take ten 
 from __future__ import annotations
 
 import zlib
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ class DummyCheckpoint(Checkpoint):
             raise CheckpointError(f"{folder}: dummy weights need a folder with config.json")
         self.path = folder
         self.config = read_json(folder / "config.json")
+        # Made-up weights are dense, whatever the real ones are.
+        self.config.pop("quantization_config", None)
         self.generation_config = read_generation_config(folder)
         self._dtype = config_dtype(self.config)
         self._shapes = weight_shapes(self.config)
         self._block: torch.Tensor | None = None
-        self.nbytes = sum(_count(s) for s in self._shapes.values()) * self._dtype.itemsize
+        self.nbytes = sum(prod(s) for s in self._shapes.values()) * self._dtype.itemsize
 
     def names(self) -> list[str]:
         return sorted(self._shapes)
@@ -46,11 +49,14 @@ class DummyCheckpoint(Checkpoint):
         self.require(name)
         return self._shapes[name]
 
+    def stored_bytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        return prod(self.shape(name)) * (dtype or self._dtype).itemsize
+
     def _read(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.full(shape, self._identity(), dtype=self._dtype)
-        return self._cut(zlib.crc32(name.encode()) % BLOCK, _count(shape)).view(shape)
+        return self._cut(zlib.crc32(name.encode()) % BLOCK, prod(shape)).view(shape)
 
     def _identity(self) -> float:
         # Gemma's norms multiply by 1 + weight.
@@ -75,10 +81,3 @@ def config_dtype(config: dict[str, Any]) -> torch.dtype:
     """The dtype a config names (``dtype`` since transformers 5, ``torch_dtype`` before); bfloat16 if it names none we know."""
     text = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     return _DTYPES.get(text, torch.bfloat16)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from presage.models.loading.checkpoint import Checkpoint, read_generation_config
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _WIDTH = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -33,12 +35,11 @@ class Shard:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
-    def nbytes(self, name: str) -> int:
+    def nbytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a tensor; of one of floats, as ``dtype``."""
         part = self._file.get_slice(name)
-        count = 1
-        for n in part.get_shape():
-            count *= n
-        return count * _WIDTH.get(part.get_dtype(), 1)
+        kind = part.get_dtype()
+        return prod(part.get_shape()) * (dtype.itemsize if dtype is not None and kind in _FLOATS else _WIDTH.get(kind, 1))
 
     def read(self, name: str) -> torch.Tensor:
         try:
@@ -68,8 +69,10 @@ class BinShard:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._data[name].shape)
 
-    def nbytes(self, name: str) -> int:
-        return self._data[name].nbytes
+    def nbytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a tensor; of one of floats, as ``dtype``."""
+        tensor = self._data[name]
+        return tensor.numel() * (dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.itemsize)
 
     def read(self, name: str) -> torch.Tensor:
         return self._data[name]
@@ -94,6 +97,10 @@ class FolderCheckpoint(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         self.require(name)
         return self._where[name].shape(name)
+
+    def stored_bytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        self.require(name)
+        return self._where[name].nbytes(name, dtype)
 
     def _read(self, name: str) -> torch.Tensor:
         return self._where[name].read(name)

@@ -12,16 +12,17 @@ from presage.core.errors import CheckpointError
 from presage.models.loading.checkpoint import Checkpoint
 from presage.models.loading.gguf_config import gguf_config
 from presage.models.loading.gguf_names import hf_name, undo_layout
+from presage.quantize.canonical import Canonical
+from presage.quantize.formats.gguf_blocks import from_gguf, readable
+from presage.quantize.formats.targets import module_class, module_of
 
 _NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16}
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file. F32, F16 and BF16 tensors are views of the mapped file, quantised ones are dequantised to float32 when asked for.
-
-    ``nbytes`` counts two bytes per weight (``config`` says bfloat16), whatever the file's own size.
-    """
+    """A .gguf file. F32, F16 and BF16 tensors are views of the mapped file; ``get`` dequantises the others to float32, ``get_weight``
+    gives those that ``quantize.formats.gguf_blocks`` knows as they are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +34,7 @@ class GGUFCheckpoint(Checkpoint):
         self.config = gguf_config(self.meta, shapes, freqs, str(path))
         self._arch = str(self.config["model_type"])
         self._tensors = {self._hf_name(name): t for name, t in raw.items() if name not in _NOT_WEIGHTS}
-        self.nbytes = sum(int(t.n_elements) for t in self._tensors.values()) * torch.bfloat16.itemsize
+        self.nbytes = sum(int(t.n_bytes) for t in self._tensors.values())
 
     def meta(self, key: str, default: Any) -> Any:
         """One metadata value as a Python object; ``{arch}`` in the key stands for the architecture's name."""
@@ -49,6 +50,31 @@ class GGUFCheckpoint(Checkpoint):
         self.require(name)
         return _shape(self._tensors[name])
 
+    def get_weight(self, name: str) -> torch.Tensor | Canonical:
+        """The tensor ``name``; a matrix of blocks that we know as Canonical, its rows in Hugging Face's order."""
+        self.require(name)
+        raw = self._tensors[name]
+        weight = from_gguf(raw.tensor_type.name, raw.data) if self._quantized(raw) else None
+        if weight is None:
+            return self.get(name)
+        rows = torch.arange(weight.shape[0])
+        order = self._undo(name, rows)
+        return weight if torch.equal(order, rows) else weight.by_row(lambda part: part[order])
+
+    def stored_bytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        self.require(name)
+        raw = self._tensors[name]
+        count = int(raw.n_elements)
+        if dtype is None or self._quantized(raw):
+            # Rows of an embedding are looked up one by one, so it is held dense (and packed as well if it is the head).
+            looked_up = dtype is not None and module_class(module_of(name)) == "Embedding"
+            return int(raw.n_bytes) + (count * dtype.itemsize if dtype is not None and looked_up else 0)
+        return count * dtype.itemsize
+
+    @staticmethod
+    def _quantized(raw: Any) -> bool:
+        return len(raw.shape) == 2 and readable(raw.tensor_type.name)
+
     def _hf_name(self, name: str) -> str:
         mapped = hf_name(self._arch, name)
         if mapped is None:
@@ -56,8 +82,10 @@ class GGUFCheckpoint(Checkpoint):
         return mapped
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._plain(name)
-        return undo_layout(self._arch, name, tensor, self.config["num_attention_heads"], self.config["num_key_value_heads"])
+        return self._undo(name, self._plain(name))
+
+    def _undo(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return undo_layout(self._arch, name, rows, self.config["num_attention_heads"], self.config["num_key_value_heads"])
 
     def _plain(self, name: str) -> torch.Tensor:
         from gguf import quants

@@ -15,8 +15,9 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 def open_checkpoint(path_or_name: str | Path, revision: str | None = None, load_format: LoadFormat = "auto") -> Checkpoint:
     """Open a checkpoint by name, folder or file; nothing but headers is read.
 
-    ``auto`` takes a .gguf file as GGUF and everything else as a Hugging Face folder; ``dummy`` needs only config.json.
-    Raises CheckpointError (missing, truncated, wrong format) and UnsupportedModel (dummy shapes of an unknown architecture).
+    ``auto`` takes a .gguf file as GGUF and everything else as a Hugging Face folder; ``dummy`` needs only config.json. Quantised
+    weights have the names of dense ones. Raises CheckpointError (missing, truncated, wrong format) and UnsupportedModel (dummy shapes
+    of an unknown architecture, a quantisation that we cannot read).
     """
     path = resolve(path_or_name, revision, weights=load_format != "dummy")
     if load_format == "dummy":
@@ -32,5 +33,6 @@ def open_checkpoint(path_or_name: str | Path, revision: str | None = None, load_
     if load_format == "gguf":
         raise CheckpointError(f"{path}: load_format is gguf, but this is not a .gguf file")
     from presage.models.loading.folder import FolderCheckpoint
+    from presage.models.loading.quantized import quantized
 
-    return FolderCheckpoint(path)
+    return quantized(FolderCheckpoint(path))

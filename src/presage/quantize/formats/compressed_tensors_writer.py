@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 from presage.core.errors import CheckpointError, UnsupportedModel
 from presage.quantize.canonical import Canonical
 from presage.quantize.formats.targets import module_class, module_of, targeted
-from presage.quantize.formats.words import pack_words
+from presage.quantize.formats.words import counted, pack_words, signed
+
+if TYPE_CHECKING:
+    from presage.models.loading.checkpoint import Checkpoint
 
 SHARD_BYTES = 1 << 30
 COPIED = (
@@ -29,22 +32,9 @@ COPIED = (
 """Files of the source's folder that are copied as they are."""
 
 
-class Source(Protocol):
-    """The checkpoint that was quantised (``models.loading.Checkpoint``)."""
-
-    path: Path
-    config: dict[str, Any]
-
-    def names(self) -> list[str]:
-        """Tensor names."""
-
-    def get(self, name: str) -> torch.Tensor:
-        """One tensor."""
-
-
 def write_checkpoint(
     folder: Path,
-    source: Source,
+    source: Checkpoint,
     quantised: Iterable[tuple[str, Canonical | torch.Tensor]],
     scheme: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
@@ -71,7 +61,7 @@ def write_checkpoint(
         del rest[name]
         writer.add(name, weight)
     for name in rest:
-        writer.add(name, source.get(name))
+        writer.add(name, source.get(name, dtypes=None))
     writer.finish(source.config, ignore, scheme)
     _copy_files(source.path, folder)
     return folder
@@ -90,17 +80,17 @@ class _Form:
     def format(self) -> str:
         return "int-quantized" if self.bits == 8 and self.activations == 8 else "pack-quantized"
 
-    def entry(self, targets: list[str], mixed: bool) -> dict[str, Any]:
+    def entry(self, targets: list[str]) -> dict[str, Any]:
         weights = {
             "num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": "group" if self.group else "channel",
             "group_size": self.group or None, "dynamic": False,
         }  # fmt: skip
         inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        entry = {
+        # The package takes 4-bit weights with quantised inputs for int-quantized unless each group says otherwise.
+        return {
             "targets": targets, "weights": weights, "input_activations": inputs if self.activations == 8 else None,
-            "output_activations": None,
+            "output_activations": None, "format": self.format,
         }  # fmt: skip
-        return entry | ({"format": self.format} if mixed else {})
 
 
 class CompressedTensorsWriter:
@@ -152,7 +142,7 @@ class CompressedTensorsWriter:
         # The most frequent form goes by class, the others by name: readers prefer a name, so every module has one form.
         ordered = sorted(by_form.items(), key=lambda item: -len(item[1]))
         groups = {
-            f"group_{i}": form.entry(modules if i else sorted({module_class(m) for m in modules}), len(formats) > 1)
+            f"group_{i}": form.entry(modules if i else sorted({module_class(m) for m in modules}))
             for i, (form, modules) in enumerate(ordered)
         }
         targets = {t for entry in groups.values() for t in entry["targets"]}
@@ -198,29 +188,20 @@ def _form(module: str, w: Canonical) -> _Form:
     return _Form(w.bits, w.group if w.group < k else 0, w.zero is None, w.activations)
 
 
-def _signed(part: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes or zero points as the format counts them, around zero."""
-    return part if part.dtype == torch.int8 else (part.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
-
-
-def _unsigned(part: torch.Tensor, bits: int) -> torch.Tensor:
-    return part if part.dtype == torch.uint8 else (part.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
-
-
 def _packed_parts(w: Canonical, form: _Form) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "weight_packed", pack_words(_unsigned(w.codes, form.bits), form.bits)
+    yield "weight_packed", pack_words(counted(w.codes, form.bits), form.bits)
     yield "weight_scale", w.scale
     yield "weight_shape", torch.tensor(w.shape, dtype=torch.int64)
     if w.zero is not None:
         # Zero points are packed down the outputs, unlike codes.
-        yield "weight_zero_point", pack_words(_unsigned(w.zero, form.bits).T.contiguous(), form.bits).T.contiguous()
+        yield "weight_zero_point", pack_words(counted(w.zero, form.bits).T.contiguous(), form.bits).T.contiguous()
 
 
 def _int_parts(w: Canonical, form: _Form) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "weight", _signed(w.codes, form.bits)
+    yield "weight", signed(w.codes, form.bits)
     yield "weight_scale", w.scale
     if w.zero is not None:
-        yield "weight_zero_point", _signed(w.zero, form.bits)
+        yield "weight_zero_point", signed(w.zero, form.bits)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

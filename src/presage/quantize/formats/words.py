@@ -17,7 +17,7 @@ def width(count: int, bits: int) -> int:
 
 def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """int32 [rows, width(count)] -> the first ``count`` codes of each row, uint8 [rows, count]."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = _bytes(words)
     return (nibbles(codes) if bits == 4 else codes)[:, :count]
 
 
@@ -28,9 +28,25 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         pairs = full.view(rows, -1, 2)
         full = pairs[:, :, 0] | pairs[:, :, 1] << 4
-    return full.contiguous().view(torch.int32)
+    return full.reshape(-1).view(torch.int32).view(rows, -1)
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    # Flat first: a transposed column counts as contiguous with strides that a view as bytes refuses.
+    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
 
 
 def nibbles(data: torch.Tensor) -> torch.Tensor:
     """uint8 [..., n] -> [..., 2 n]: of each byte the low half, then the high one."""
     return torch.stack((data & 15, data >> 4), -1).flatten(-2)
+
+
+def signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes counted from 0, uint8, as codes around zero, int8 (those already are come back as they are)."""
+    # Bytes wrap around, so one subtraction is right for both widths.
+    return codes if codes.dtype == torch.int8 else (codes - (1 << bits - 1)).view(torch.int8)
+
+
+def counted(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The reverse of ``signed``."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8) + (1 << bits - 1)

@@ -1,0 +1,60 @@
+"""GGUF blocks to Canonical, judged by the gguf package's decoder on random bytes: every bit pattern is a legal block."""
+
+from __future__ import annotations
+
+import gguf
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from presage.quantize.formats.gguf_blocks import from_gguf, readable
+
+# Where the f16 numbers of a block are, and what its Canonical looks like: bits, group, sub_group, codes.
+TYPES = {
+    "Q4_0": ((0,), (4, 32, 0, torch.int8)),
+    "Q4_1": ((0, 2), (4, 32, 32, torch.uint8)),
+    "Q8_0": ((0,), (8, 32, 0, torch.int8)),
+    "Q4_K": ((0, 2), (4, 256, 32, torch.uint8)),
+    "Q6_K": ((208,), (6, 256, 16, torch.int8)),
+}
+
+
+def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
+    """Bytes of ``rows`` rows; the f16 numbers are finite."""
+    rng, size = np.random.default_rng(seed), gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    for at in TYPES[kind][0]:
+        numbers = rng.uniform(-0.1, 0.1, (rows, blocks, 1)).astype(np.float16)
+        data[:, :, at : at + 2] = numbers.view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=st.sampled_from(sorted(TYPES)), rows=st.integers(1, 7), blocks=st.integers(1, 4), seed=st.integers(0, 999))
+def test_meaning_equals_the_packages(kind: str, rows: int, blocks: int, seed: int) -> None:
+    data = random_blocks(kind, rows, blocks, seed)
+    weight = from_gguf(kind, data)
+    assert weight is not None
+    assert np.array_equal(weight.unpack().numpy(), gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
+    assert (weight.bits, weight.group, weight.sub_group, weight.codes.dtype) == TYPES[kind][1]
+    assert weight.activations == 16
+    # Codes and scales take what the file takes, but for 6-bit scales in bytes and the factor 1 of Q4_1.
+    assert data.nbytes <= weight.nbytes <= data.nbytes * 1.06
+
+
+def test_known_types_only() -> None:
+    assert all(map(readable, TYPES))
+    for kind in ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL", "F16", "BF16"):
+        assert not readable(kind)
+        assert from_gguf(kind, np.zeros((1, 256), np.uint8)) is None
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_keep_their_meaning_when_reordered(kind: str) -> None:
+    weight = from_gguf(kind, random_blocks(kind, 6, 2, 0))
+    assert weight is not None
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(weight.by_row(lambda part: part[order]).unpack(), weight.unpack()[order])
+    assert torch.equal(weight.rows(2, 5).unpack(), weight.unpack()[2:5])
