@@ -1,9 +1,12 @@
-"""Presage beside vLLM on this CPU: both engines loaded, asked in turns, medians of paired ratios, plain read bandwidth in the same minute.
+"""Presage beside vLLM, llama.cpp and OpenVINO on this CPU: the table of figures an ordinary machine must reach.
 
-    python benchmarks/peers.py MODEL --vllm-python PATH/TO/vllm-venv/bin/python [--pairs 5]
+    python benchmarks/peers.py MODEL --own bf16 w8a8 w4a8 bf16x12 --vllm-python V/bin/python
+        --llamacpp-python L/bin/python --gguf Q4_0=FILE Q8_0=FILE bf16=FILE --openvino-python O/bin/python --openvino int8=DIR int4=DIR
+        [--pairs 5] [--only decode-1 verify] [--json FILE] [--markdown FILE]
 
-MODEL is a bf16 checkpoint folder (random weights do). Decode rates take two output lengths and divide the difference, so that nobody's
-prefill counts. A peer that is not installed is left out.
+MODEL is a bf16 checkpoint folder (random weights do). Each engine is a process of its own, loaded once, asked in turns; ratios are medians
+of pairs, with their spread. Figures: decode-1, decode-16, prefill-1024, linear, verify, traffic, start-up, quality; ``matrix`` is one look at
+every engine. A figure whose engines are not given is listed as not measured.
 """
 
 from __future__ import annotations
@@ -15,164 +18,165 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+from peers_figures import FIGURES, Bench, Row, best_of, matrix, quality
+from peers_pool import EngineFailed, Pool, Spec
 
-CASES = (
-    ("decode, batch 1", 1, 32, (16, 80)),
-    ("decode, batch 4", 4, 32, (16, 80)),
-    ("decode, batch 16", 16, 32, (16, 80)),
-    ("prefill 1024", 1, 1024, ()),
-)
+CASES = ("decode-1", "decode-4", "decode-16", "prefill-512", "prefill-1024", "verify-256")
+BESTS = {"decode-16": ("decode batch 16", 2.2), "prefill-1024": ("prefill 1,024", 1.6)}
 
 
-def prompts(batch: int, length: int, seed: int) -> list[list[int]]:
-    """Random ids, new each time, so that no prefix cache helps."""
-    rng = np.random.default_rng(seed)
-    return [rng.integers(3, 31999, length).tolist() for _ in range(batch)]
+def machine() -> dict[str, Any]:
+    """What the numbers depend on beside the code."""
+    cpu = memory = ""
+    try:
+        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        named = {k.strip(): v.strip() for k, v in facts.items()}
+        flags = [f for f in named.get("flags", "").split() if f.startswith(("avx", "amx")) or f == "fma"]
+        cpu = f"{named.get('model name', '')} (family {named.get('cpu family')}, model {named.get('model')}; {' '.join(flags)})"
+        memory = f"{int(Path('/proc/meminfo').read_text().split()[1]) / (1 << 20):.1f} GiB"
+    except OSError:
+        cpu = platform.processor()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit(), "cpu": cpu, "cores": os.cpu_count(), "memory": memory,
+        "kernel": platform.release(), "python": platform.python_version(), "busy_before": busy(),
+    }  # fmt: skip
 
 
-def presage_run(model: str) -> Callable[[int, int, int, int], float]:
-    """A function that times one batch on our engine."""
-    from presage.kernels.cpu.environment import prepare_environment
+def busy(seconds: float = 1.0) -> float | None:
+    """Share of all cores that others use right now: numbers taken beside them mean little."""
 
-    prepare_environment()
-    from presage import LLM, SamplingParams
+    def ticks() -> list[int]:
+        return [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
 
-    llm = LLM(model, dtype="bfloat16", max_model_len=2048, max_num_seqs=32, kv_cache_memory="4GiB", max_num_batched_tokens=512)
-
-    def run(batch: int, length: int, tokens: int, seed: int) -> float:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        ids = prompts(batch, length, seed)
-        began = time.perf_counter()
-        llm.generate(ids, params)
-        return time.perf_counter() - began
-
-    return run
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        spent = [b - a for a, b in zip(before, ticks(), strict=True)]
+    except OSError:
+        return None
+    return round(1 - (spent[3] + spent[4]) / max(1, sum(spent)), 3)
 
 
-def vllm_run(model: str) -> Callable[[int, int, int, int], float]:
-    """The same on vLLM."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
+def commit() -> str:
+    """The checkout's commit, marked if files differ from it; empty outside a checkout."""
 
-    llm = LLM(model, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048, max_num_seqs=32)
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
 
-    def run(batch: int, length: int, tokens: int, seed: int) -> float:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        ids = [TokensPrompt(prompt_token_ids=p) for p in prompts(batch, length, seed)]
-        began = time.perf_counter()
-        llm.generate(ids, params, use_tqdm=False)
-        return time.perf_counter() - began
-
-    return run
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
 
 
-def read_bandwidth() -> float:
-    """GB/s of summing 1 GiB with all cores, best of five."""
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    x = torch.ones(1 << 28, dtype=torch.float32)
-    best = min(_timed(x.sum) for _ in range(5))
-    return x.nbytes / best / 1e9
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def specs(args: argparse.Namespace) -> tuple[list[Spec], list[Spec]]:
+    """Our engines and the peers that the command line names."""
+    own = [Spec("presage", variant, sys.executable, args.model) for variant in args.own]
+    peers = [Spec("vllm", "bf16", args.vllm_python, args.model)] if args.vllm_python else []
+    for kind, python, given in (("llama.cpp", args.llamacpp_python, args.gguf), ("openvino", args.openvino_python, args.openvino)):
+        if python:
+            peers += [Spec(kind, variant, python, path) for variant, _, path in (g.partition("=") for g in given)]
+    return own, peers
 
 
-def worker(engine: str, model: str) -> None:
-    """Answer timing requests from standard input."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the engine prints goes to stderr
-    if engine == "read":
-        print(json.dumps(read_bandwidth()), file=out, flush=True)
-        return
-    run = presage_run(model) if engine == "presage" else vllm_run(model)
-    for i in range(2):
-        run(1, 32, 8, 1000 + i)
-    print("ready", file=out, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(*json.loads(line))), file=out, flush=True)
+def number(value: float, unit: str) -> str:
+    """With the digits a unit deserves."""
+    return f"{value:.2f}" if unit in ("x", "T op/s") else f"{value:.1f}"
 
 
-class Peer:
-    """An engine in its own process."""
+def markdown(rows: list[Row], overview: dict[str, dict[str, float | None]], facts: dict[str, Any]) -> str:
+    """The tables, and what they were measured on."""
+    out = [
+        f"{facts['date']}, commit {facts['commit']}, {facts['cores']} cores of {facts['cpu']}, {facts['memory']}; {facts['pairs']} pairs;"
+        f" others used {facts['busy_before']:.0%} of the cores before, {facts['busy_after']:.0%} after.",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(facts["versions"].items()) if v) + ".",
+        "",
+        "| figure | | target | measured (spread) | verdict | plain read | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        sign = "≥" if r.at_least else "≤"
+        found = "–" if r.value is None else f"{number(r.value, r.unit)} ({number(r.low, r.unit)}..{number(r.high, r.unit)})"
+        read = f"{statistics.median(r.read) / 1e9:.1f} GB/s" if r.read else ""
+        unit = "x" if r.unit == "x" else f" {r.unit}"
+        out.append(f"| {r.figure} | {r.part} | {sign} {r.target:g}{unit} | {found} | {r.verdict} | {read} | {r.note} |")
+    if overview:
+        cases = list(next(iter(overview.values())))
+        out += ["", "One look at each (tokens/s; verify: time of 8 rows over 1):", ""]
+        out += ["| engine | " + " | ".join(cases) + " |", "|---" * (len(cases) + 1) + "|"]
+        for name, found_by in overview.items():
+            shown = ["–" if v is None else f"{v:.2f}x" if c.startswith("verify") else f"{v:.1f}" for c, v in found_by.items()]
+            out.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(out) + "\n"
 
-    def __init__(self, python: str, engine: str, model: str) -> None:
-        command = [python, __file__, model, "--worker", engine]
-        env = os.environ | ({} if engine != "vllm" else {"PYTHONPATH": ""})
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.out, self.into = self.process.stdout, self.process.stdin
-        if self.out.readline().strip() != "ready":
-            raise SystemExit(f"{engine} did not start")
 
-    def ask(self, *what: int) -> float:
-        """Seconds of one batch."""
-        self.into.write(json.dumps(what) + "\n")
-        self.into.flush()
-        return float(self.out.readline())
+def run(bench: Bench, wanted: set[str], given: dict[str, float]) -> tuple[list[Row], dict[str, dict[str, float | None]]]:
+    """All wanted figures, in the order of the table, and the overview."""
+    rows: list[Row] = []
+    cases = [c for c in CASES if "matrix" in wanted or c in wanted & set(BESTS)]
+    overview = matrix(bench, cases) if cases else {}
+    for name in ("decode-1", "decode-16", "prefill-1024", "linear", "verify", "traffic", "start-up"):
+        if name not in wanted:
+            continue
+        try:
+            if name in BESTS:
+                label, target = BESTS[name]
+                found = [best_of(bench, Row(label, "best of ours vs best peer", target, "x"), name, overview)]
+            else:
+                found = FIGURES[name](bench)
+        except EngineFailed as error:
+            found = [Row(name, "", 0.0, "x", note=str(error))]
+        for r in found:
+            value = "" if r.value is None else f"{number(r.value, r.unit)} ({number(r.low, r.unit)}..{number(r.high, r.unit)}) {r.unit}"
+            print(f"{r.figure}: {r.part}: {value} [{r.verdict}] {r.note}", flush=True)
+        rows += found
+    return rows + (quality(given) if "quality" in wanted else []), overview
 
 
-def measure(peer: Peer, case: tuple[str, int, int, tuple[int, ...]], seed: int) -> float:
-    """Tokens per second of a case."""
-    _, batch, length, lengths = case
-    if not lengths:
-        return batch * length / peer.ask(batch, length, 1, seed)
-    short, long = lengths
-    return batch * (long - short) / (peer.ask(batch, length, long, seed) - peer.ask(batch, length, short, seed + 1))
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    every = ["matrix", *FIGURES, *BESTS, "quality"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--own", nargs="+", default=["bf16"], help="precisions of ours: bf16, or names for --quantization")
+    parser.add_argument("--vllm-python")
+    parser.add_argument("--llamacpp-python")
+    parser.add_argument("--gguf", nargs="+", default=[], metavar="NAME=FILE", help="Q4_0=FILE Q8_0=FILE ...")
+    parser.add_argument("--openvino-python")
+    parser.add_argument("--openvino", nargs="+", default=[], metavar="NAME=DIR", help="int8=DIR ...")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs=2, default=[16, 80], help="the two output lengths of decode figures")
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
+    parser.add_argument("--quality", type=Path, help='JSON file {"w8a8": percent, "w4a8": percent}: perplexity above that of bf16')
+    parser.add_argument("--room", type=float, default=7.0, help="GiB that must be available before another engine is started")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Print the table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--vllm-python")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--worker")
-    args = parser.parse_args()
-    if args.worker:
-        return worker(args.worker, args.model)
-    ours = Peer(sys.executable, "presage", args.model)
-    theirs = Peer(args.vllm_python, "vllm", args.model) if args.vllm_python else None
-    size = sum(os.path.getsize(os.path.join(args.model, f)) for f in os.listdir(args.model) if f.endswith(".safetensors"))
-    rows = []
-    for case in (c for c in CASES if args.only in c[0]):
-        pairs, reads = [], []
-        for i in range(args.pairs):
-            reads.append(float(subprocess.run([sys.executable, __file__, "-", "--worker", "read"], capture_output=True, text=True).stdout))
-            a = measure(ours, case, 100 * i)
-            pairs.append((a, measure(theirs, case, 100 * i) if theirs else float("nan")))
-        ratios = sorted(a / b for a, b in pairs)
-        row = {
-            "case": case[0],
-            "presage": statistics.median(a for a, _ in pairs),
-            "vllm": statistics.median(b for _, b in pairs),
-            "ratio": statistics.median(ratios),
-            "spread": [ratios[0], ratios[-1]],
-            "read_gb_s": statistics.median(reads),
-        }
-        if case[1] == 1 and case[3]:
-            row["of_read"] = statistics.median(a * size / 1e9 / r for (a, _), r in zip(pairs, reads))
-        rows.append(row)
-        extra = f"   {100 * row['of_read']:.0f} % of plain read" if "of_read" in row else ""
-        print(
-            f"{case[0]:18s} presage {row['presage']:7.1f}  vllm {row['vllm']:7.1f} tok/s   ratio {row['ratio']:.2f} "
-            f"({ratios[0]:.2f}..{ratios[-1]:.2f})   read {row['read_gb_s']:.1f} GB/s{extra}",
-            flush=True,
-        )
-    print(json.dumps({"machine": platform.machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}))
+    """Measure, print the tables, write the files."""
+    args = arguments()
+    own, peers = specs(args)
+    facts = machine()
+    if (facts["busy_before"] or 0) > 0.1:
+        print(f"the machine is {facts['busy_before']:.0%} busy with something else: do not trust what follows", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="peers-") as logs:
+        pool = Pool(Path(logs), int(args.room * (1 << 30)))
+        bench = Bench(pool, own, peers, args.pairs, sys.executable, tuple(args.lengths))
+        try:
+            rows, overview = run(bench, set(args.only), json.loads(args.quality.read_text()) if args.quality else {})
+        finally:
+            pool.close()
+    facts |= {"pairs": args.pairs, "lengths": args.lengths, "versions": pool.versions, "busy_after": busy()}
+    text = markdown(rows, overview, facts)
+    print("\n" + text)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": facts, "rows": [r.as_dict() for r in rows], "matrix": overview}, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(text)
 
 
 if __name__ == "__main__":

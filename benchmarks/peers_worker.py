@@ -48,9 +48,8 @@ class Presage:
         from presage import LLM, __version__
 
         self.version = __version__
-        self.llm = LLM(
-            model, dtype="bfloat16", quantization=None if variant == "bf16" else variant, max_model_len=LONGEST, max_num_seqs=32, kv_cache_memory="1GiB"
-        )
+        scheme = None if variant == "bf16" else variant
+        self.llm = LLM(model, dtype="bfloat16", quantization=scheme, max_model_len=LONGEST, max_num_seqs=32, kv_cache_memory="1GiB")
 
     def generate(self, batch: int, length: int, tokens: int, seed: int) -> float:
         """Seconds of one batch."""

@@ -1,4 +1,4 @@
-"""Checkpoints as AutoGPTQ and AutoAWQ write them, packed one element at a time straight from the description of the formats (test helper).
+"""Quantised checkpoints as other tools write them (test helper). GPTQ and AWQ are packed one element at a time from their description.
 
 Deliberately slow and unlike the readers: a mistake in the bit layout would have to be made twice, in two ways.
 """
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from presage.models.loading.checkpoint import Checkpoint
+from presage.quantize.canonical import Canonical
 
 AWQ_COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -123,6 +127,60 @@ def rewrite(
     base = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(base | {"quantization_config": config}))
     return meaning
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "w8a8": {"bits": 8, "group": 0, "symmetric": True, "activations": 8},
+    "w8a16": {"bits": 8, "group": 0, "symmetric": True, "activations": 16},
+    "w8a8 asymmetric": {"bits": 8, "group": 0, "symmetric": False, "activations": 8},
+    "w4a8": {"bits": 4, "group": 32, "symmetric": True, "activations": 8},
+    "w4a8 asymmetric": {"bits": 4, "group": 32, "symmetric": False, "activations": 8},
+    "w4a16": {"bits": 4, "group": 32, "symmetric": True, "activations": 16},
+    "w4a16 channel": {"bits": 4, "group": 0, "symmetric": False, "activations": 16},
+}
+
+
+def nearest(w: torch.Tensor, bits: int, group: int, symmetric: bool, activations: int) -> Canonical:
+    """Round to nearest, nothing more."""
+    (n, k), half = w.shape, 1 << bits - 1
+    size = group or k
+    blocks = w.float().view(n, -1, size)
+    if symmetric:
+        scale = (blocks.abs().amax(2) / (half - 1)).bfloat16()
+        codes = (blocks / scale.float()[:, :, None]).round().clamp(-half, half - 1).to(torch.int8)
+        return Canonical(codes.view(n, k), bits, scale, size, activations=activations)
+    low, high = blocks.amin(2).clamp_max(0), blocks.amax(2).clamp_min(0)
+    scale = ((high - low) / (2 * half - 1)).bfloat16()
+    zero = (-low / scale.float()).round().clamp(0, 2 * half - 1)
+    codes = ((blocks / scale.float()[:, :, None]).round() + zero[:, :, None]).clamp(0, 2 * half - 1).to(torch.uint8)
+    return Canonical(codes.view(n, k), bits, scale, size, zero.to(torch.uint8), activations=activations)
+
+
+def linears(source: Checkpoint, **form: Any) -> Iterator[tuple[str, Canonical]]:
+    for name in source.names():
+        tensor = source.get(name)
+        if is_linear(name, tensor):
+            yield name, nearest(tensor, **form)
+
+
+def same(a: Canonical, b: Canonical) -> bool:
+    present = (a.zero is None) == (b.zero is None) and (a.zero is None or torch.equal(a.zero, b.zero))
+    plain = (a.bits, a.group, a.activations) == (b.bits, b.group, b.activations)
+    return plain and present and torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+
+
+F16_AT = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
+"""Where the f16 numbers of a block are."""
+
+
+def random_blocks(kind: str, rows: int, blocks: int, seed: int, limit: float = 0.1) -> np.ndarray:
+    """GGUF blocks, uint8 [rows, bytes]: random but for the f16 numbers, which are within the limit."""
+    rng, size = np.random.default_rng(seed), gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    for at in F16_AT[kind]:
+        numbers = rng.uniform(-limit, limit, (rows, blocks, 1)).astype(np.float16)
+        data[:, :, at : at + 2] = numbers.view(np.uint8)
+    return data.reshape(rows, -1)
 
 
 class Tensors:

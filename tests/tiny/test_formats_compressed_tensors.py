@@ -174,7 +174,7 @@ def test_groups_mixed_by_act_order_of_older_versions() -> None:
         (config("int-quantized", CHANNEL | {"strategy": "block"}), "weight strategy 'block'"),
         (config("pack-quantized", GROUPED | {"group_size": None}), "weight strategy 'group' with group_size None"),
         (config("int-quantized", CHANNEL | {"dynamic": True}), "dynamically quantised weights"),
-        (config("int-quantized", CHANNEL, TOKEN | {"dynamic": False, "strategy": "tensor"}), "static symmetric 8-bit int input activations per tensor"),
+        (config("int-quantized", CHANNEL, TOKEN | {"dynamic": False, "strategy": "tensor"}), "static symmetric 8-bit int input activations per t"),
         (config("int-quantized", CHANNEL, TOKEN | {"strategy": "tensor"}), "dynamic symmetric 8-bit int input activations per tensor"),
         (config("int-quantized", CHANNEL, TOKEN | {"symmetric": False}), "dynamic asymmetric"),
         (config("pack-quantized", GROUPED, TOKEN | {"type": "float"}), "8-bit float input activations"),

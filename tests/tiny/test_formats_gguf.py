@@ -10,25 +10,16 @@ import torch
 from hypothesis import given, settings
 
 from presage.quantize.formats.gguf_blocks import from_gguf, readable
+from tests.tiny.quantised_files import random_blocks
 
-# Where the f16 numbers of a block are, and what its Canonical looks like: bits, group, sub_group, codes.
+# What their Canonical looks like: bits, group, sub_group, codes.
 TYPES = {
-    "Q4_0": ((0,), (4, 32, 0, torch.int8)),
-    "Q4_1": ((0, 2), (4, 32, 32, torch.uint8)),
-    "Q8_0": ((0,), (8, 32, 0, torch.int8)),
-    "Q4_K": ((0, 2), (4, 256, 32, torch.uint8)),
-    "Q6_K": ((208,), (6, 256, 16, torch.int8)),
+    "Q4_0": (4, 32, 0, torch.int8),
+    "Q4_1": (4, 32, 32, torch.uint8),
+    "Q8_0": (8, 32, 0, torch.int8),
+    "Q4_K": (4, 256, 32, torch.uint8),
+    "Q6_K": (6, 256, 16, torch.int8),
 }
-
-
-def random_blocks(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
-    """Bytes of ``rows`` rows; the f16 numbers are finite."""
-    rng, size = np.random.default_rng(seed), gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
-    data = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-    for at in TYPES[kind][0]:
-        numbers = rng.uniform(-0.1, 0.1, (rows, blocks, 1)).astype(np.float16)
-        data[:, :, at : at + 2] = numbers.view(np.uint8)
-    return data.reshape(rows, -1)
 
 
 @settings(deadline=None, max_examples=60)
@@ -38,7 +29,7 @@ def test_meaning_equals_the_packages(kind: str, rows: int, blocks: int, seed: in
     weight = from_gguf(kind, data)
     assert weight is not None
     assert np.array_equal(weight.unpack().numpy(), gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
-    assert (weight.bits, weight.group, weight.sub_group, weight.codes.dtype) == TYPES[kind][1]
+    assert (weight.bits, weight.group, weight.sub_group, weight.codes.dtype) == TYPES[kind]
     assert weight.activations == 16
     # Codes and scales take what the file takes, but for 6-bit scales in bytes and the factor 1 of Q4_1.
     assert data.nbytes <= weight.nbytes <= data.nbytes * 1.06

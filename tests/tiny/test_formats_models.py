@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -25,10 +24,8 @@ from presage.quantize.formats.compressed_tensors_writer import write_checkpoint
 from tests.tiny.families import small_config
 from tests.tiny.families import write_checkpoint as write_tiny
 from tests.tiny.plans import Part
-from tests.tiny.quantised_files import awq_tensors, gptq_tensors, quantise, rewrite
+from tests.tiny.quantised_files import FORMS, awq_tensors, gptq_tensors, linears, quantise, random_blocks, rewrite
 from tests.tiny.rig import Rig
-from tests.tiny.test_formats_gguf import random_blocks
-from tests.tiny.test_formats_writer import FORMS, linears
 from tests.tiny.to_gguf import gguf_name, laid_out, write_meta
 
 IDS = [1, 5, 17, 100, 3, 44, 2, 9, 63, 120, 7, 7, 8]
@@ -140,24 +137,23 @@ def test_a_written_llama_equals_its_twin(form: str, tmp_path: Path) -> None:
         assert alike(ours, rounded) > 0.999
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_kernels_run_packed_models(method: str, tmp_path: Path) -> None:
-    folder, _ = packed_folder("llama", method, tmp_path)
+def test_kernels_run_packed_models(tmp_path: Path) -> None:
+    folder, _ = packed_folder("llama", "gptq", tmp_path)
     checkpoint = open_checkpoint(folder)
     ours, twin = logits(built(checkpoint, "cpu", torch.bfloat16)), logits(built(Twin(checkpoint)))
     assert alike(ours, twin) > 0.995
 
 
-def padded_config(folder: Path, form: dict[str, Any]) -> Path:
+def written(folder: Path, form: dict[str, Any]) -> Path:
     write_tiny("llama_head_24", folder / "dense")
     source = open_checkpoint(folder / "dense")
     return write_checkpoint(folder / "out", source, linears(source, **form))
 
 
 def test_heads_that_are_widened(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(padded_config(tmp_path, FORMS["w8a16"]))
+    checkpoint = open_checkpoint(written(tmp_path, FORMS["w8a16"]))
     assert float((logits(built(checkpoint)) - logits(built(Twin(checkpoint)))).abs().max()) < 1e-5
-    grouped = open_checkpoint(padded_config(tmp_path / "grouped", FORMS["w4a16"]))
+    grouped = open_checkpoint(written(tmp_path / "grouped", FORMS["w4a16"]))
     with pytest.raises(UnsupportedModel, match=r"o_proj\.weight: heads of 24 with weights quantised in groups"):
         built(grouped)
 
@@ -208,7 +204,8 @@ def gguf_model(path: Path, kinds: Callable[[str], str], tied: bool) -> Path:
         kind = kinds(name) if tensor.dim() == 2 else "F32"
         data = laid_out("llama", name, tensor.float().numpy(), config)
         if kind in ("Q4_K", "Q6_K"):
-            data = shrunk(random_blocks(kind, data.shape[0], data.shape[1] // 256, seed), kind)
+            # Scales so small that the model's logits stay finite and not saturated.
+            data = random_blocks(kind, data.shape[0], data.shape[1] // 256, seed, 0.0005)
         elif kind != "F32":
             data = gguf.quants.quantize(data, gguf.GGMLQuantizationType[kind])
         writer.add_tensor(gguf_name("llama", name), data, raw_dtype=gguf.GGMLQuantizationType[kind])
@@ -217,16 +214,6 @@ def gguf_model(path: Path, kinds: Callable[[str], str], tied: bool) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def shrunk(data: np.ndarray, kind: str) -> np.ndarray:
-    """Random blocks with scales so small that the model stays finite and not saturated."""
-    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
-    blocks = data.reshape(data.shape[0], -1, size).copy()
-    for at in (0, 2) if kind == "Q4_K" else (208,):
-        numbers = np.ascontiguousarray(blocks[:, :, at : at + 2]).view(np.float16) * np.float16(0.005)
-        blocks[:, :, at : at + 2] = numbers.view(np.uint8)
-    return blocks.reshape(data.shape[0], -1)
 
 
 MIXES: dict[str, Callable[[str], str]] = {

@@ -5,61 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from hypothesis import given, settings
 from safetensors.torch import load_file
 
 from presage.core.errors import CheckpointError, UnsupportedModel
 from presage.models.loading import open_checkpoint
 from presage.models.loading.checkpoint import Checkpoint
 from presage.quantize.canonical import Canonical
-from presage.quantize.formats.compressed_tensors_writer import write_checkpoint
+from presage.quantize.formats.compressed_tensors_writer import CompressedTensorsWriter, write_checkpoint
 from tests.tiny.families import write_checkpoint as write_tiny
-from tests.tiny.quantised_files import is_linear
-
-FORMS: dict[str, dict[str, Any]] = {
-    "w8a8": {"bits": 8, "group": 0, "symmetric": True, "activations": 8},
-    "w8a16": {"bits": 8, "group": 0, "symmetric": True, "activations": 16},
-    "w8a8 asymmetric": {"bits": 8, "group": 0, "symmetric": False, "activations": 8},
-    "w4a8": {"bits": 4, "group": 32, "symmetric": True, "activations": 8},
-    "w4a8 asymmetric": {"bits": 4, "group": 32, "symmetric": False, "activations": 8},
-    "w4a16": {"bits": 4, "group": 32, "symmetric": True, "activations": 16},
-    "w4a16 channel": {"bits": 4, "group": 0, "symmetric": False, "activations": 16},
-}
-
-
-def made(w: torch.Tensor, bits: int, group: int, symmetric: bool, activations: int) -> Canonical:
-    """Round to nearest, nothing more."""
-    (n, k), half = w.shape, 1 << bits - 1
-    size = group or k
-    blocks = w.float().view(n, -1, size)
-    if symmetric:
-        scale = (blocks.abs().amax(2) / (half - 1)).bfloat16()
-        codes = (blocks / scale.float()[:, :, None]).round().clamp(-half, half - 1).to(torch.int8)
-        return Canonical(codes.view(n, k), bits, scale, size, activations=activations)
-    low, high = blocks.amin(2).clamp_max(0), blocks.amax(2).clamp_min(0)
-    scale = ((high - low) / (2 * half - 1)).bfloat16()
-    zero = (-low / scale.float()).round().clamp(0, 2 * half - 1)
-    codes = ((blocks / scale.float()[:, :, None]).round() + zero[:, :, None]).clamp(0, 2 * half - 1).to(torch.uint8)
-    return Canonical(codes.view(n, k), bits, scale, size, zero.to(torch.uint8), activations=activations)
-
-
-def linears(source: Checkpoint, **form: Any) -> Iterator[tuple[str, Canonical]]:
-    for name in source.names():
-        tensor = source.get(name)
-        if is_linear(name, tensor):
-            yield name, made(tensor, **form)
-
-
-def same(a: Canonical, b: Canonical) -> bool:
-    present = (a.zero is None) == (b.zero is None) and (a.zero is None or torch.equal(a.zero, b.zero))
-    plain = (a.bits, a.group, a.activations) == (b.bits, b.group, b.activations)
-    return plain and present and torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+from tests.tiny.quantised_files import FORMS, linears, nearest, same
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +82,7 @@ def test_the_configuration_says_it_in_the_packages_words(source: Checkpoint, tmp
 def test_a_head_of_its_own_and_changed_norms(source: Checkpoint, tmp_path: Path) -> None:
     def mixed() -> Iterator[tuple[str, Canonical | torch.Tensor]]:
         yield from linears(source, **FORMS["w4a8"])
-        yield "lm_head.weight", made(source.get("lm_head.weight"), **FORMS["w8a8"])
+        yield "lm_head.weight", nearest(source.get("lm_head.weight"), **FORMS["w8a8"])
         yield "model.norm.weight", source.get("model.norm.weight") * 2
 
     out = write_checkpoint(tmp_path / "out", source, mixed())
@@ -128,12 +91,50 @@ def test_a_head_of_its_own_and_changed_norms(source: Checkpoint, tmp_path: Path)
     assert [g["targets"] for g in said["config_groups"].values()] == [["Linear"], ["lm_head"]]
     ours = open_checkpoint(out)
     head = ours.get_weight("lm_head.weight")
-    assert isinstance(head, Canonical) and same(head, made(source.get("lm_head.weight"), **FORMS["w8a8"]))
+    assert isinstance(head, Canonical) and same(head, nearest(source.get("lm_head.weight"), **FORMS["w8a8"]))
     assert torch.equal(ours.get("model.norm.weight"), source.get("model.norm.weight") * 2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     with torch.inference_mode():
         theirs(torch.tensor([[1, 2, 3]]))
     assert torch.equal(theirs.state_dict()["lm_head.weight"], head.unpack().bfloat16())
+
+
+def test_a_tied_head_becomes_a_tensor_of_its_own(tmp_path: Path) -> None:
+    write_tiny("llama_mqa_tied_bias", tmp_path / "tied", torch.bfloat16)
+    tied = open_checkpoint(tmp_path / "tied")
+    embedding = tied.get("model.embed_tokens.weight")
+    head = nearest(embedding, **FORMS["w8a8"])
+    ours = open_checkpoint(write_checkpoint(tmp_path / "out", tied, [("lm_head.weight", head)]))
+    assert tied.config["tie_word_embeddings"] and not ours.config["tie_word_embeddings"]
+    weight = ours.get_weight("lm_head.weight")
+    assert isinstance(weight, Canonical) and same(weight, head)
+    assert torch.equal(ours.get("model.embed_tokens.weight"), embedding)
+    kept = open_checkpoint(write_checkpoint(tmp_path / "kept", tied, linears(tied, **FORMS["w8a8"])))
+    assert kept.config["tie_word_embeddings"] and "lm_head.weight" not in kept
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    bits=st.sampled_from([4, 8]), n=st.integers(1, 21), groups=st.integers(1, 4), group=st.integers(1, 35), symmetric=st.booleans(),
+    activations=st.sampled_from([8, 16]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_comes_back_as_it_was(
+    bits: int, n: int, groups: int, group: int, symmetric: bool, activations: int, seed: int
+) -> None:
+    half, gen = 1 << bits - 1, torch.Generator().manual_seed(seed)
+    low, high, dtype = (-half, half, torch.int8) if symmetric else (0, 2 * half, torch.uint8)
+    codes = torch.randint(low, high, (n, group * groups), generator=gen, dtype=dtype)
+    zero = None if symmetric else torch.randint(low, high, (n, groups), generator=gen, dtype=dtype)
+    weight = Canonical(codes, bits, torch.rand(n, groups, generator=gen).half(), group, zero, activations=activations)
+    with TemporaryDirectory() as folder:
+        writer = CompressedTensorsWriter(Path(folder))
+        writer.add("model.layers.0.mlp.up_proj.weight", weight)
+        writer.finish({"model_type": "llama"})
+        checkpoint = open_checkpoint(folder)
+        back = checkpoint.get_weight("model.layers.0.mlp.up_proj.weight")
+        assert isinstance(back, Canonical) and same(back, weight)
+        assert torch.equal(back.unpack(), weight.unpack())
+        assert checkpoint.shape("model.layers.0.mlp.up_proj.weight") == (n, group * groups)
 
 
 def test_shards_hold_no_more_than_asked_for(source: Checkpoint, tmp_path: Path) -> None:
@@ -174,14 +175,16 @@ def test_an_interrupted_run_leaves_nothing_that_loads(source: Checkpoint, tmp_pa
         write_checkpoint(tmp_path / "out", source, broken(), shard_bytes=1)
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "shard-00099.part").write_bytes(b"of a longer run")
     write_checkpoint(tmp_path / "out", source, linears(source, **FORMS["w8a8"]))
     assert open_checkpoint(tmp_path / "out").names() == source.names()
+    assert not list(tmp_path.glob("out/*.part"))
     with pytest.raises(CheckpointError, match="has a checkpoint already"):
         write_checkpoint(tmp_path / "out", source, linears(source, **FORMS["w8a8"]))
 
 
 def test_what_the_format_has_no_place_for(source: Checkpoint, tmp_path: Path) -> None:
-    name, plain = "model.layers.0.mlp.up_proj.weight", made(source.get("model.layers.0.mlp.up_proj.weight"), **FORMS["w4a8"])
+    name, plain = "model.layers.0.mlp.up_proj.weight", nearest(source.get("model.layers.0.mlp.up_proj.weight"), **FORMS["w4a8"])
     n, k = plain.shape
     ones = torch.ones(n, k // 16, dtype=torch.uint8)
     forms: dict[str, Canonical] = {
@@ -200,3 +203,5 @@ def test_what_the_format_has_no_place_for(source: Checkpoint, tmp_path: Path) ->
         write_checkpoint(tmp_path / "b", source, [(name, plain), (name, plain)])
     with pytest.raises(CheckpointError, match="no tensor was quantised"):
         write_checkpoint(tmp_path / "c", source, [])
+    with pytest.raises(CheckpointError, match=r"mlp\.up_proj is quantised and to be ignored"):
+        write_checkpoint(tmp_path / "d", source, [(name, plain)], ignore=["re:.*up_proj"])

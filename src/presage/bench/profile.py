@@ -20,17 +20,18 @@ from presage.bench.steps import FixedSteps
 from presage.bench.timed_ops import TimedOps
 from presage.bench.traffic import Work, ends_work, stage_work
 from presage.core.config import EngineConfig
-from presage.core.errors import ConfigError
+from presage.core.errors import ConfigError, PresageError
 from presage.core.plan import StepPlan
 from presage.core.request import Emission, Request
 from presage.core.sampling_params import SamplingParams
+from presage.engine.assemble import error_of
 from presage.engine.build import Engine, build_engine, in_passing_thread, thread_count
 from presage.execute.batch import Batch
 from presage.execute.executor import TorchExecutor, out_rows
 from presage.execute.walk import layers
 from presage.layers.state import State
 
-LOOP_TOKENS = 24
+LOOP_TOKENS, LEAST_TOKENS = 24, 8
 READ_BYTES = 512 << 20
 
 
@@ -210,10 +211,12 @@ class Stopwatch:
         self.engine: Engine | None = None
         self.left: set[str] = set()
         self.marks: list[tuple[float, float]] = []
+        self.failure: PresageError | None = None
 
     def __call__(self, emissions: list[Emission]) -> None:
         """Take a step's emissions."""
         mine = [e for e in emissions if e.id in self.left]
+        self.failure = next((error_of(e.error) for e in mine if e.error is not None), self.failure)
         if mine and self.engine is not None:
             self.marks.append((time.monotonic(), self.engine.loop.stats["step_seconds"]))
         self.left -= {e.id for e in mine if e.finish or e.error is not None}
@@ -222,17 +225,22 @@ class Stopwatch:
 def loop_seconds(engine: Engine, watch: Stopwatch, case: Case) -> float:
     """Median seconds between two decode steps that are not inside a step: the loop's turn and the hand-over, prompts of ``context`` tokens.
 
-    The prompts share their prefix, so that all but the first find it cached.
+    The prompts share their prefix, so that all but the first find it cached. nan if the model's length leaves no room for a few steps.
     """
     info, watch.engine = engine.info, engine
+    tokens = min(LOOP_TOKENS, info.max_model_len - max(1, case.context))
+    if tokens < LEAST_TOKENS:
+        return float("nan")
     shared = random_ids(1, max(1, case.context), info.vocab_size, case.context + 1, frozenset(info.eos_ids))[0]
     for name, count in (("first", 1), ("loop", case.batch)):
         watch.left, watch.marks = {f"{name}-{case}-{i}" for i in range(count)}, []
-        params = SamplingParams(max_tokens=LOOP_TOKENS, ignore_eos=True, temperature=0.0)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0)
         for request in sorted(watch.left):
             engine.add(Request(id=request, prompt=np.array(shared, np.int32), sampling=params, arrival=time.monotonic()))
         while watch.left:
             engine.driver.step()
+        if watch.failure is not None:
+            raise watch.failure
     gaps = [(b[0] - a[0]) - (b[1] - a[1]) for a, b in zip(watch.marks[2:-1], watch.marks[3:], strict=False)]
     return statistics.median(gaps)
 
@@ -240,17 +248,12 @@ def loop_seconds(engine: Engine, watch: Stopwatch, case: Case) -> float:
 def sized(config: EngineConfig, cases: Sequence[Case]) -> EngineConfig:
     """The configuration with a KV cache just large enough for the cases, unless it names a size, and seats for the largest batch."""
     seats = max(c.batch for c in cases)
-    scheduler = config.scheduler.model_copy(update={"max_num_seqs": max(seats, min(config.scheduler.max_num_seqs, 128))})
+    scheduler = config.scheduler.model_copy(update={"max_num_seqs": max(seats, config.scheduler.max_num_seqs)})
     cache = config.cache
     if cache.num_gpu_blocks_override is None and cache.kv_cache_memory is None:
         need = max(c.batch * (-(-(c.context + max(c.rows, LOOP_TOKENS)) // cache.block_size) + 1) for c in cases)
         cache = cache.model_copy(update={"num_gpu_blocks_override": need + 64})
-    return replace_groups(config, scheduler=scheduler, cache=cache)
-
-
-def replace_groups(config: EngineConfig, **groups: object) -> EngineConfig:
-    """The configuration with some groups replaced."""
-    return config.model_copy(update=groups)
+    return config.model_copy(update={"scheduler": scheduler, "cache": cache})
 
 
 def profile_steps(config: EngineConfig, cases: Sequence[Case], repeats: int = 20, kernels: bool = False) -> list[StepProfile]:
@@ -267,6 +270,8 @@ def profile_steps(config: EngineConfig, cases: Sequence[Case], repeats: int = 20
     watch = Stopwatch()
     engine = build_engine(config, watch, progress=True)
     try:
+        if (longest := max(c.context + c.rows for c in cases)) > engine.info.max_model_len:
+            raise ConfigError(f"{longest} tokens are more than the model's length of {engine.info.max_model_len}", param="context")
         loops = [loop_seconds(engine, watch, case) for case in cases]
     finally:
         engine.close()

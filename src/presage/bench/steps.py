@@ -21,17 +21,19 @@ from presage.core.types import Ints, Want
 from presage.execute.executor import TorchExecutor
 
 CHUNK = 512
+"""Tokens of context computed in a step, unless said otherwise."""
 
 
 class FixedSteps:
-    """``count`` sequences of ``context`` computed tokens, with room for steps of up to ``rows`` rows each.
+    """``count`` sequences of ``context`` computed tokens, with room for steps of up to ``rows`` rows each. The context is computed
+    ``chunk`` tokens a step.
 
     The executor's thread must not be running (``TorchExecutor.close``), and all calls must come from one thread: kernels keep a pool of
     threads per caller. Raises ConfigError if the model or its KV cache is too small.
     """
 
-    def __init__(self, executor: TorchExecutor, count: int, context: int, rows: int = 1, seed: int = 0) -> None:
-        self.executor, self.count, self.context, self.rows = executor, count, context, rows
+    def __init__(self, executor: TorchExecutor, count: int, context: int, rows: int = 1, seed: int = 0, chunk: int = CHUNK) -> None:
+        self.executor, self.count, self.context, self.rows, self.chunk = executor, count, context, rows, max(chunk, rows)
         self.total, self.steps = context + rows, 0
         torch.set_num_threads(1)  # as the executor's own thread does: torch's operators must not open a second team
         self._check()
@@ -56,7 +58,7 @@ class FixedSteps:
 
     def _span(self, group: KVGroup) -> int:
         """Blocks a sequence needs: those of a window are used in a ring."""
-        return group.blocks(self.total) if group.sinks else peak_blocks(group, self.total, max(CHUNK, self.rows))
+        return group.blocks(self.total) if group.sinks else peak_blocks(group, self.total, self.chunk)
 
     def _blocks(self, g: int, slot: int, upto: int) -> Ints:
         # Neighbours in a sequence are ``count`` apart in memory, as they are when sequences grow side by side.
@@ -64,8 +66,8 @@ class FixedSteps:
         return (1 + logical % self.per[g] * self.count + slot).astype(np.int32)
 
     def _fill(self) -> None:
-        for start in range(0, self.context, CHUNK):
-            self.run(self.plan([0], start, min(CHUNK, self.context - start), want=Want.NONE))
+        for start in range(0, self.context, self.chunk):
+            self.run(self.plan([0], start, min(self.chunk, self.context - start), want=Want.NONE))
         group, src, dst = [], [], []
         for g in range(len(self.per)):
             mine = np.unique(self._blocks(g, 0, self.context))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe, Ops, Weight
+from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe, Ops
 
 
 class TimedNorm:

@@ -1,6 +1,5 @@
 """``presage profile step``: where the time of a step goes, as a table in the terminal and as JSON."""
 
-# ruff: noqa: B008 (settings groups are frozen, so one default may serve all calls)
 from __future__ import annotations
 
 import json
@@ -112,7 +111,7 @@ def stage_table(p: StepProfile) -> Table:
     for name in ("calls", "ms", "share"):
         table.add_column(name, justify="right")
     table.add_column("", width=BAR)
-    for name in ("MB read", "GB/s", "of plain read", "GFLOP/s"):
+    for name in ("MB read", "GB/s", "of read", "GFLOP/s"):
         table.add_column(name, justify="right")
     for part in p.parts:
         table.add_row(*_row(part, p))

@@ -25,8 +25,10 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import os
 import pickle
+import secrets
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ import numba
 from llvmlite import binding
 from numba.core import compiler, registry, serialize, types
 from numba.core import config as numba_config
+from numba.core.bytecode import FunctionIdentity
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
@@ -117,7 +120,7 @@ def sources_stamp(paths: Iterable[Path]) -> str:
 def toolchain_stamp() -> str:
     """Hash over Python, numba, llvmlite, LLVM and the CPU compiled for."""
     versions = (sys.version_info[:2], numba.__version__, llvmlite.__version__, binding.llvm_version_info, binding.get_process_triple())
-    target = (config.CPU_NAME or binding.get_host_cpu_name(), config.CPU_FEATURES or binding.get_host_cpu_features().flatten(), config.OPT)
+    target = (config.CPU_NAME or binding.get_host_cpu_name(), config.CPU_FEATURES, binding.get_host_cpu_features().flatten(), config.OPT)
     return hashlib.sha256(repr((versions, target)).encode()).hexdigest()[:16]
 
 
@@ -179,6 +182,9 @@ class Kernel:
     def _compile(self) -> Any:
         # Without numba's runtime (no allocation), whose symbols a process that only loads kernels would not have.
         options = {"nopython": True, "error_model": "numpy", "_nrt": False}
+        # numba numbers functions from 1 in every process and the numbers go into symbols. Two kernels from disk, compiled by different
+        # processes, would then share names, and the linker would silently give one kernel the subroutines of the other.
+        FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
         callback: Any = CFunc(self._factory(*self._constants), ((types.int64,), types.void), {}, options)
         compiled = callback._compile_uncached()
         compiled.library.enable_object_caching()

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from presage.models.loading.checkpoint import Checkpoint
 
 SHARD_BYTES = 1 << 30
+HEAD = "lm_head.weight"
+PART = "shard-{}.part"
+"""Names of shards until their number is known."""
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -43,8 +46,9 @@ def write_checkpoint(
     """Write ``source`` with some tensors replaced into ``folder`` (made if need be) and return it.
 
     ``quantised`` yields (tensor name as in ``source.names()``, its new value), each once, in any order: a Canonical, or a dense tensor
-    where a calibrator changed one (a norm that took up a scale). All other tensors are copied. What the configuration says of bits,
-    groups and activations follows from the Canonicals; ``scheme`` is recorded beside it as provenance (JSON values: name, calibrator,
+    where a calibrator changed one (a norm that took up a scale). All other tensors are copied. A tied head may come as a tensor of its
+    own, ``lm_head.weight``: the copy is then untied, since rows of the embedding stay dense. What the configuration says of bits, groups
+    and activations follows from the Canonicals; ``scheme`` is recorded beside it as provenance (JSON values: name, calibrator,
     perplexity). ``ignore``: modules to list as not quantised, names or ``re:`` patterns; those left dense are listed anyway.
     Raises CheckpointError (the folder has a checkpoint already; a name that the source lacks) and UnsupportedModel (a form that the
     format has no place for: two levels of scales, permuted inputs). Until the last step the folder has no config.json, so what an
@@ -53,16 +57,21 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: has a checkpoint already")
+    for part in folder.glob(PART.format("*")):
+        part.unlink()
     writer = CompressedTensorsWriter(folder, shard_bytes)
-    rest = dict.fromkeys(source.names())
+    rest, config = dict.fromkeys([*source.names(), HEAD]), dict(source.config)
     for name, weight in quantised:
         if name not in rest:
             raise CheckpointError(f"{name} is no tensor of {source.path}, or came twice")
         del rest[name]
         writer.add(name, weight)
     for name in rest:
-        writer.add(name, source.get(name, dtypes=None))
-    writer.finish(source.config, ignore, scheme)
+        if name in source:
+            writer.add(name, source.get(name, dtypes=None))
+    if HEAD not in source and HEAD not in rest:
+        config["tie_word_embeddings"] = False
+    writer.finish(config, ignore, scheme)
     _copy_files(source.path, folder)
     return folder
 
@@ -120,9 +129,10 @@ class CompressedTensorsWriter:
 
     def finish(self, config: Mapping[str, Any], ignore: Iterable[str] = (), provenance: Mapping[str, Any] | None = None) -> None:
         """Write what is left, the index and config.json (``config`` with a quantization_config). Raises CheckpointError if nothing was
-        quantised."""
+        quantised, or a module that is to be ignored."""
         if not self._forms:
             raise CheckpointError(f"{self._folder}: no tensor was quantised")
+        quantization = self._config(list(ignore)) | ({"provenance": dict(provenance)} if provenance else {})
         self._flush()
         count = len(self._parts)
         files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)]
@@ -131,12 +141,13 @@ class CompressedTensorsWriter:
         if count > 1:
             weight_map = {name: files[i] for name, i in sorted(self._where.items())}
             _write_json(self._folder / "model.safetensors.index.json", {"metadata": {"total_size": self._total}, "weight_map": weight_map})
-        quantization = self._config(list(ignore)) | ({"provenance": dict(provenance)} if provenance else {})
         _write_json(self._folder / "config.json", {**config, "quantization_config": quantization})
 
     def _config(self, ignore: list[str]) -> dict[str, Any]:
         by_form: dict[_Form, list[str]] = {}
         for module, form in self._forms.items():
+            if targeted(module, ignore):
+                raise CheckpointError(f"{self._folder}: {module} is quantised and to be ignored")
             by_form.setdefault(form, []).append(module)
         formats = {form.format for form in by_form}
         # The most frequent form goes by class, the others by name: readers prefer a name, so every module has one form.
@@ -167,7 +178,7 @@ class CompressedTensorsWriter:
     def _flush(self) -> None:
         if not self._shard:
             return
-        path = self._folder / f"shard-{len(self._parts):05d}.part"
+        path = self._folder / PART.format(f"{len(self._parts):05d}")
         save_file(self._shard, path, metadata={"format": "pt"})
         self._parts.append(path)
         self._shard, self._held = {}, 0
