@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_figures import FIGURES, Bench, Row, best_of, matrix, quality
-from peers_pool import EngineFailed, Pool, Spec
+from peers_pool import EngineFailed, Pool, Spec, busy
 
 CASES = ("decode-1", "decode-4", "decode-16", "prefill-512", "prefill-1024", "verify-256")
 BESTS = {"decode-16": ("decode batch 16", 2.2), "prefill-1024": ("prefill 1,024", 1.6)}
@@ -45,21 +45,6 @@ def machine() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M"), "commit": commit(), "cpu": cpu, "cores": os.cpu_count(), "memory": memory,
         "kernel": platform.release(), "python": platform.python_version(), "busy_before": busy(),
     }  # fmt: skip
-
-
-def busy(seconds: float = 1.0) -> float | None:
-    """Share of all cores that others use right now: numbers taken beside them mean little."""
-
-    def ticks() -> list[int]:
-        return [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-
-    try:
-        before = ticks()
-        time.sleep(seconds)
-        spent = [b - a for a, b in zip(before, ticks(), strict=True)]
-    except OSError:
-        return None
-    return round(1 - (spent[3] + spent[4]) / max(1, sum(spent)), 3)
 
 
 def commit() -> str:
@@ -90,7 +75,8 @@ def markdown(rows: list[Row], overview: dict[str, dict[str, float | None]], fact
     """The tables, and what they were measured on."""
     out = [
         f"{facts['date']}, commit {facts['commit']}, {facts['cores']} cores of {facts['cpu']}, {facts['memory']}; {facts['pairs']} pairs;"
-        f" others used {facts['busy_before']:.0%} of the cores before, {facts['busy_after']:.0%} after.",
+        f" others used {facts['busy_before']:.0%} of the cores before, {facts['busy_after']:.0%} after,"
+        f" and at most {facts['disturbed']:.0%} during a measurement that counts.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(facts["versions"].items()) if v) + ".",
         "",
         "| figure | | target | measured (spread) | verdict | plain read | |",
@@ -151,6 +137,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--quality", type=Path, help='JSON file {"w8a8": percent, "w4a8": percent}: perplexity above that of bf16')
     parser.add_argument("--room", type=float, default=7.0, help="GiB that must be available before another engine is started")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for a quiet machine before a disturbed question is asked again")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     return parser.parse_args()
@@ -161,16 +148,16 @@ def main() -> None:
     args = arguments()
     own, peers = specs(args)
     facts = machine()
-    if (facts["busy_before"] or 0) > 0.1:
+    if facts["busy_before"] > 0.1:
         print(f"the machine is {facts['busy_before']:.0%} busy with something else: do not trust what follows", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="peers-") as logs:
         pool = Pool(Path(logs), int(args.room * (1 << 30)))
-        bench = Bench(pool, own, peers, args.pairs, sys.executable, tuple(args.lengths))
+        bench = Bench(pool, own, peers, args.pairs, sys.executable, tuple(args.lengths), args.patience)
         try:
             rows, overview = run(bench, set(args.only), json.loads(args.quality.read_text()) if args.quality else {})
         finally:
             pool.close()
-    facts |= {"pairs": args.pairs, "lengths": args.lengths, "versions": pool.versions, "busy_after": busy()}
+    facts |= {"pairs": args.pairs, "lengths": args.lengths, "versions": pool.versions, "busy_after": busy(), "disturbed": max(bench.disturbed, default=0.0)}
     text = markdown(rows, overview, facts)
     print("\n" + text)
     if args.json:

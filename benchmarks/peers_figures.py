@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peers_pool import EngineFailed, Pool, Spec
+from peers_pool import EngineFailed, Pool, Spec, busy
 
-LENGTHS = (16, 80)
 PROMPT = 32
 TRIES = 3
+DISTURBED = 0.06
+"""Share of the cores that others may use during a question; above it, the question is asked again when the machine is quiet."""
 CLOSE = 0.75
 """A peer within this share of the best one in the first round is measured in pairs too: one look does not decide who is best."""
 
@@ -61,8 +62,11 @@ class Row:
 class Bench:
     """The pool, the engines given, and how often to measure."""
 
-    def __init__(self, pool: Pool, own: Sequence[Spec], peers: Sequence[Spec], pairs: int, python: str, lengths: tuple[int, int] = LENGTHS) -> None:
+    def __init__(
+        self, pool: Pool, own: Sequence[Spec], peers: Sequence[Spec], pairs: int, python: str, lengths: tuple[int, int], patience: float
+    ) -> None:
         self.pool, self.own, self.peers, self.pairs, self.python, self.lengths = pool, list(own), list(peers), pairs, python, lengths
+        self.patience, self.disturbed = patience, list[float]()
         self.reader = Spec("read", "", python, "-")
         self.seed = int(time.time()) % 1_000_000 * 1000
 
@@ -74,9 +78,22 @@ class Bench:
         """A peer in a precision."""
         return next((s for s in self.peers if (s.kind, s.variant) == (kind, variant)), None)
 
+    def ask(self, spec: Spec, keep: Sequence[Spec], method: str, *arguments: Any) -> Any:
+        """The answer of an engine, asked again (at most ``TRIES`` times) if others used the machine meanwhile."""
+        worker = self.pool.get(spec, [*keep, self.reader])
+        for _ in range(TRIES):
+            value = worker.ask(method, *arguments)
+            if worker.disturbed <= DISTURBED:
+                break
+            until = time.monotonic() + self.patience
+            while busy(0.5) > DISTURBED and time.monotonic() < until:
+                time.sleep(1.0)
+        self.disturbed.append(worker.disturbed)
+        return value
+
     def read(self) -> float:
         """Plain read bandwidth now, bytes per second."""
-        return float(self.pool.get(self.reader, self.own + self.peers).ask("read"))
+        return float(self.ask(self.reader, self.own + self.peers, "read"))
 
     def fresh(self) -> int:
         """A seed nobody had."""
@@ -85,17 +102,17 @@ class Bench:
 
     def decode(self, spec: Spec, batch: int, keep: Sequence[Spec] = ()) -> float:
         """Tokens per second of decoding."""
-        worker, (short, long) = self.pool.get(spec, [*keep, self.reader]), self.lengths
+        short, long = self.lengths
         for _ in range(TRIES):
-            b = worker.ask("generate", batch, PROMPT, long, self.fresh())
-            a = worker.ask("generate", batch, PROMPT, short, self.fresh())
+            b = self.ask(spec, keep, "generate", batch, PROMPT, long, self.fresh())
+            a = self.ask(spec, keep, "generate", batch, PROMPT, short, self.fresh())
             if b > a:
                 return batch * (long - short) / (b - a)
         raise EngineFailed(f"{spec.name}: {long} tokens took less time than {short}, {TRIES} times; the machine is not quiet enough")
 
     def prefill(self, spec: Spec, length: int, keep: Sequence[Spec] = ()) -> float:
         """Prompt tokens per second, one prompt and its first token."""
-        return length / float(self.pool.get(spec, [*keep, self.reader]).ask("generate", 1, length, 1, self.fresh()))
+        return length / float(self.ask(spec, keep, "generate", 1, length, 1, self.fresh()))
 
     def rate(self, spec: Spec, case: str, keep: Sequence[Spec] = ()) -> float:
         """``decode-4``, ``prefill-512``, ... of an engine; ``verify-256``: time of 8 rows of one sequence over that of one."""
@@ -104,7 +121,7 @@ class Bench:
             return self.decode(spec, int(number), keep)
         if what == "prefill":
             return self.prefill(spec, int(number), keep)
-        one, eight = self.pool.get(spec, [*keep, self.reader]).ask("steps", int(number), [1, 8], 9)
+        one, eight = self.ask(spec, keep, "steps", int(number), [1, 8], 9)
         return float(eight / one)
 
     def compare(self, row: Row, ours: Spec, theirs: Spec, case: str) -> Row:
@@ -128,7 +145,7 @@ def matrix(bench: Bench, cases: Sequence[str]) -> dict[str, dict[str, float | No
         row: dict[str, float | None] = {}
         for case in cases:
             try:
-                row[case] = bench.rate(spec, case, [])
+                row[case] = bench.rate(spec, case)
             except EngineFailed as error:
                 print(error, file=sys.stderr)
                 row[case] = None
@@ -174,7 +191,7 @@ def linear(bench: Bench) -> list[Row]:
     spec = Spec("linear", "w4a8", bench.python, "-")
     rows = [Row("W4A8 8192 x 2048 linear", part, target, unit) for _, part, target, unit in aims]
     try:
-        worker = bench.pool.get(spec, [bench.reader])
+        bench.pool.get(spec, [bench.reader])
     except EngineFailed as error:
         print(error, file=sys.stderr)
         return rows
@@ -182,7 +199,7 @@ def linear(bench: Bench) -> list[Row]:
     for _ in range(bench.pairs):
         read = bench.read()
         for (count, _, _, unit), row, into in zip(aims, rows, values, strict=True):
-            found = worker.ask("linear", count, 9)
+            found = bench.ask(spec, [], "linear", count, 9)
             row.pairs.append(found)
             row.read.append(read)
             scale = {"GB/s": found["bytes_per_second"] / 1e9, "T op/s": found["operations_per_second"] / 1e12}
@@ -205,7 +222,7 @@ def verify(bench: Bench) -> list[Row]:
         if ours is not None:
             for _ in range(bench.pairs):
                 row.read.append(bench.read())
-                one, eight = bench.pool.get(ours, [bench.reader]).ask("steps", context, [1, 8], 9)
+                one, eight = bench.ask(ours, [], "steps", context, [1, 8], 9)
                 row.pairs.append([one, eight])
             row.take([eight / one for one, eight in row.pairs])
             one, eight = (statistics.median(p[i] for p in row.pairs) for i in (0, 1))
@@ -220,7 +237,7 @@ def traffic(bench: Bench) -> list[Row]:
     for spec in bench.own:
         row = Row("memory traffic of decode, batch 1 / plain read", spec.variant, 88.0, "%")
         # The mean context of the tokens that the two lengths differ by.
-        size = bench.pool.get(spec, [bench.reader]).ask("bytes_per_step", PROMPT + sum(bench.lengths) // 2)
+        size = bench.ask(spec, [], "bytes_per_step", PROMPT + sum(bench.lengths) // 2)
         for _ in range(bench.pairs):
             before, rate = bench.read(), bench.decode(spec, 1)
             read = (before + bench.read()) / 2

@@ -45,7 +45,7 @@ class Worker:
     """An engine's process. Raises EngineFailed with the end of its log."""
 
     def __init__(self, spec: Spec, log: Path) -> None:
-        self.spec, self.log, self.used = spec, log, time.monotonic()
+        self.spec, self.log, self.used, self.disturbed = spec, log, time.monotonic(), 0.0
         # Peers run in environments of their own, where our path would shadow packages.
         environment = os.environ if spec.own else {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         command = [spec.python, str(WORKER), spec.kind, spec.model, spec.variant]
@@ -68,13 +68,17 @@ class Worker:
         return found
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """The value of a method."""
+        """The value of a method. ``disturbed`` is then the share of all cores that anyone else used meanwhile."""
         time.sleep(SETTLE)
         assert self.process.stdin is not None
+        (busy, total), mine = machine_ticks(), process_ticks(self.process.pid)
         self.process.stdin.write(json.dumps([method, arguments]) + "\n")
         self.process.stdin.flush()
+        value = self._answer()["value"]
+        (busy_after, total_after), mine_after = machine_ticks(), process_ticks(self.process.pid)
+        self.disturbed = max(0.0, busy_after - busy - (mine_after - mine)) / max(1, total_after - total)
         self.used = time.monotonic()
-        return self._answer()["value"]
+        return value
 
     def close(self) -> None:
         """End the process."""
@@ -113,6 +117,32 @@ class Pool:
         """End all."""
         for spec in list(self.live):
             self.stop(spec)
+
+
+def machine_ticks() -> tuple[int, int]:
+    """(ticks in which a core was busy, or taken away by the host; all ticks) since the machine started; zeros where Linux is not."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def process_ticks(pid: int) -> int:
+    """Ticks that a process, its threads and its ended children have used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return sum(int(word) for word in fields[11:15])
+
+
+def busy(seconds: float = 1.0) -> float:
+    """Share of all cores in use right now: numbers taken beside others mean little."""
+    before, start = machine_ticks()
+    time.sleep(seconds)
+    after, stop = machine_ticks()
+    return round((after - before) / max(1, stop - start), 3)
 
 
 def available_memory() -> int:

@@ -30,7 +30,7 @@ def test_meaning_equals_the_packages(kind: str, rows: int, blocks: int, seed: in
     assert weight is not None
     assert np.array_equal(weight.unpack().numpy(), gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
     assert (weight.bits, weight.group, weight.sub_group, weight.codes.dtype) == TYPES[kind]
-    assert weight.activations == 16
+    assert weight.activations == 8
     # Codes and scales take what the file takes, but for 6-bit scales in bytes and the factor 1 of Q4_1.
     assert data.nbytes <= weight.nbytes <= data.nbytes * 1.06
 

@@ -231,10 +231,11 @@ def test_a_gguf_model_equals_its_twin(mix: str, tied: bool, tmp_path: Path) -> N
     quantised = {n for n in checkpoint.names() if isinstance(checkpoint.get_weight(n), Canonical)}
     assert len(quantised) == (0 if mix == "Q5_0" else 8 + (not tied))
     ours, twin = logits(built(checkpoint)), logits(built(Twin(checkpoint)))
-    assert float((ours - twin).abs().max()) < 1e-4 * float(twin.abs().max())
     config = transformers.AutoConfig.for_model(**checkpoint.config)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.load_state_dict({n: t.float() for n, t in checkpoint.items()}, strict=False)
     with torch.inference_mode():
         expected = model(torch.tensor([IDS])).logits[0]
-    assert float((ours - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert float((twin - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    # The quantised types run with rows in int8, as other engines run them, so only the dequantised twin is exact.
+    assert float(torch.nn.functional.cosine_similarity(ours, twin, -1).min()) > (0.98 if quantised else 0.999999)

@@ -19,7 +19,7 @@ from presage.kernels.cpu.pack_int import integer_format, pack_int, unpack_int
 from presage.kernels.cpu.pack_x12 import pack_x12, unpack_x12
 from presage.kernels.cpu.team import Team
 from presage.kernels.reference import linear as twin
-from presage.quantize.canonical import Canonical
+from presage.quantize.canonical import Canonical, fuse
 from presage.quantize.rtn import quantize_rtn
 from presage.quantize.schemes import parse_scheme
 
@@ -27,6 +27,7 @@ from presage.quantize.schemes import parse_scheme
 FORMATS: dict[str, tuple[int, int, bool, torch.dtype, int]] = {
     "w8": (8, 0, False, torch.float32, 8),
     "w8g32s-f16": (8, 32, False, torch.float16, 8),
+    "w8g64z-f16": (8, 64, True, torch.float16, 8),
     "w4g128s-bf16": (4, 128, False, torch.bfloat16, 8),
     "w4g64z-f32": (4, 64, True, torch.float32, 8),
     "w4g128s-bf16-wide": (4, 128, False, torch.bfloat16, 16),
@@ -106,9 +107,7 @@ def test_bits_of_a_column_do_not_depend_on_its_neighbours(fmt: str) -> None:
 @pytest.mark.parametrize("fmt", NAMES)
 def test_epilogues_and_gated_pairs(fmt: str) -> None:
     gate, up, x = weight(fmt, 61, 256), weight(fmt, 61, 256, 2), rows(11, 256, fmt)
-    both, p = replace(gate, **{n: torch.cat([getattr(gate, n), getattr(up, n)]) for n in ("codes", "scale")}), pack_int([gate, up], team())
-    if gate.zero is not None and up.zero is not None:
-        both = replace(both, zero=torch.cat([gate.zero, up.zero]))
+    both, p = fuse([gate, up]), pack_int([gate, up], team())
     assert torch.equal(unpack_int(p), both.unpack())
     bias, scale, start = torch.randn(122), torch.randn(11), torch.randn(11, 61)
     assert close(apply(x, p, act="silu_mul", bias=bias), twin.linear(x, both, act="silu_mul", bias=bias))
@@ -148,6 +147,28 @@ def test_a_bad_row_stays_alone_and_shows(fmt: str) -> None:
     out, keep = apply(x, p), [r for r in range(10) if r not in (4, 7)]
     assert torch.equal(out[keep], clean[keep])
     assert out[4].isnan().all() and not out[7].isfinite().any()
+
+
+def two_level(bits: int, n: int, k: int) -> Canonical:
+    """Integer scales under float ones: as Q4_K (minima, parts of 32) for 4 bits, as Q6_K (parts of 16) for 6."""
+    g, part = torch.Generator().manual_seed(9), 32 if bits == 4 else 16
+    scale, parts = (torch.rand(n, -(-k // 256), generator=g) * 0.01).half(), -(-k // part)
+    if bits == 6:
+        codes, sub = torch.randint(-32, 32, (n, k), generator=g).to(torch.int8), torch.randint(-128, 128, (n, parts), generator=g).to(torch.int8)
+        return Canonical(codes, 6, scale, 256, sub=sub, sub_group=part)
+    codes = torch.randint(0, 16, (n, k), generator=g).to(torch.uint8)
+    sub, low = (torch.randint(0, 64, (n, parts), generator=g).to(torch.uint8) for _ in range(2))
+    return Canonical(codes, 4, scale, 256, sub=sub, sub_group=part, low=low, low_scale=scale * 0.7)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_two_levels_of_scales(bits: int) -> None:
+    for k in (256, 1024):
+        w, x = two_level(bits, 70, k), rows(19, k, "")
+        p = pack_int([w], team())
+        assert torch.equal(unpack_int(p), w.unpack())
+        assert close(apply(x, p), twin.linear(x, replace(w, activations=8)))
+        assert torch.equal(apply(x[7:8], p, 1), apply(x, p)[7:8])
 
 
 def test_zero_rows_and_strided_rows() -> None:

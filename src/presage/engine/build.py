@@ -148,9 +148,7 @@ def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     dtype = m.dtype if m.dtype != "auto" else ("float32" if stored == "float32" else "bfloat16")
     params = parse(checkpoint.config).limited(m.max_model_len)
-    width = {"float32": 4}
-    weights = checkpoint.nbytes * width.get(dtype, 2) // width.get(stored, 2)
-    check_memory(weights, least_kv_bytes(config, params, dtype), available_memory())
+    check_memory(checkpoint.weight_bytes(getattr(torch, dtype)), least_kv_bytes(config, params, dtype), available_memory())
     scheme = _scheme(m.quantization)
     ops = build_ops(config.executor.kernels, getattr(torch, dtype), thread_count(config), scheme is not None and scheme.weight_bits == 16)
     if not progress:

@@ -19,7 +19,7 @@ from presage.layers.rope import Rope
 from presage.layers.state import LayerContext, State, Workspace
 from presage.models.params import Params, RopeParams
 from presage.models.weights import LLAMA_NAMES, Shape, Weights, part_shapes
-from presage.quantize.canonical import Canonical
+from presage.quantize.canonical import Canonical, dense
 
 if TYPE_CHECKING:
     from presage.quantize.schemes import Scheme
@@ -43,7 +43,7 @@ class Model:
         self.params, self.weights, self.ops, self._salt, self.scheme = params, weights, ops, salt, scheme
         self.vocab_size, self.max_len = params.vocab_size, params.max_len
         self._ropes: dict[RopeParams, Rope] = {}
-        self.embedding = _plain(weights.get("embed"), ops.dtype)
+        self.embedding = dense(weights.get("embed"), ops.dtype)
         layers = []
         for i in range(params.layers):
             layers.append(self.layer(i))
@@ -67,7 +67,7 @@ class Model:
 
     def norm(self, part: str, i: int = 0) -> Norm:
         """A norm of the family's kind."""
-        return RMSNorm(self.ops, self.weights.get(part, i), self.params.eps, self.norm_offset)
+        return RMSNorm(self.ops, self.weights.tensor(part, i), self.params.eps, self.norm_offset)
 
     def linear(self, name: str, parts: tuple[str, ...], i: int, act: str = "") -> Linear:
         """Parts of the checkpoint fused into one linear, with their biases."""
@@ -85,8 +85,7 @@ class Model:
 
     def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
         """A matrix [outputs, inputs] of the checkpoint."""
-        w: Weight = self.weights.get(part, i, expert=expert)
-        return w
+        return self.weights.get(part, i, expert=expert)
 
     def rope(self, i: int) -> Rope | None:
         """The rotary table of layer i; layers with equal settings share one."""
@@ -138,8 +137,3 @@ class Model:
         """Keys and values of the given layers for rows that will never run them (SwiftKV, early exit)."""
         for c in contexts:
             self.layers[c.layer].fill(state, c)
-
-
-def _plain(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The embedding stays as it is mapped when its type is right: rows are read one by one."""
-    return table if table.dtype == dtype and table.is_contiguous() else table.to(dtype).contiguous()

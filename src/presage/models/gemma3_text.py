@@ -13,4 +13,4 @@ class Family(Gemma2):
 
     def qk_norm(self, i: int) -> QKNorm:
         """Norms of queries and keys."""
-        return QKNorm.of(self.weights.get("q_norm", i), self.weights.get("k_norm", i), self.params.eps, self.norm_offset)
+        return QKNorm.of(self.weights.tensor("q_norm", i), self.weights.tensor("k_norm", i), self.params.eps, self.norm_offset)

@@ -37,7 +37,7 @@ class Family(Model):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.places = self.weights.get("positions").float()
+        self.places = self.weights.tensor("positions").float()
 
     @classmethod
     def shapes(cls, params: Params) -> dict[str, Shape]:
@@ -47,7 +47,7 @@ class Family(Model):
 
     def norm(self, part: str, i: int = 0) -> Norm:
         """A layer norm."""
-        return LayerNorm(self.ops, self.weights.get(part, i), self.weights.get(part, i, ".bias"), self.params.eps)
+        return LayerNorm(self.ops, self.weights.tensor(part, i), self.weights.tensor(part, i, ".bias"), self.params.eps)
 
     def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
         """Stored as [inputs, outputs]."""

@@ -18,7 +18,7 @@ class Family(Model):
 
     def qk_norm(self, i: int) -> QKNorm:
         """Norms of queries and keys."""
-        return QKNorm.of(self.weights.get("q_norm", i), self.weights.get("k_norm", i), self.params.eps, self.norm_offset)
+        return QKNorm.of(self.weights.tensor("q_norm", i), self.weights.tensor("k_norm", i), self.params.eps, self.norm_offset)
 
     def layer(self, i: int) -> DecoderLayer:
         """Layer i with its norms where this family has them."""

@@ -1,8 +1,8 @@
 """How a weight format lies in memory, as numbers: what packing, the matrix product and its wrapper must agree on.
 
 A format's name says everything that decides its kernel: ``bf16``, ``f32``, ``bf16x12`` (bf16 without loss in 12 and a bit), ``w8`` (int8, one
-scale an output), and grouped integers ``w4g128s-bf16``: bits, inputs per scale, ``s`` symmetric or ``z`` with zero points, type of the
-scales (bf16, f16, f32); ``-wide`` at the end keeps rows in bf16, the others have them quantised to int8.
+scale an output), and grouped integers ``w4g128s-bf16``: bits, inputs per scale, ``s`` symmetric, ``z`` with zero points or ``m`` with
+minima to subtract, type of the scales (bf16, f16, f32); ``-wide`` at the end keeps rows in bf16, the others have them quantised to int8.
 
 Every format is made of planes of 16 outputs; a plane is a run of *units* along K, each a multiple of 64 bytes, so one stream of whole
 cache lines is read. A grouped unit is a head (scales, then zero points, of as many groups as fill lines) and the codes of these groups.
@@ -19,7 +19,7 @@ from presage.kernels.cpu.isa import current_isa
 
 LINE = 64
 SCALE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
-_GROUPED = re.compile(r"w(4|8)g(\d+)(s|z)-(bf16|f16|f32)(-wide)?")
+_GROUPED = re.compile(r"w(4|8)g(\d+)(s|z|m)-(bf16|f16|f32)(-wide)?")
 X12_INPUTS = 128
 """Inputs of a bf16x12 unit: 16 outputs share a table of 16 exponents over them."""
 
@@ -28,7 +28,7 @@ X12_INPUTS = 128
 class Layout:
     """One format on this machine. ``rows`` x ``columns``: register tile. ``unit_k`` inputs make a unit of ``unit_bytes`` per plane and
     ``x_bytes`` per row. ``operand``: type of a row. Grouped formats: ``group`` inputs a scale, ``groups`` of them a unit, ``head`` bytes
-    before the codes.
+    before the codes: scales, then zero points or minima.
     """
 
     fmt: str
@@ -43,6 +43,7 @@ class Layout:
     groups: int = 0
     head: int = 0
     zero: bool = False
+    minima: bool = False
     scale: str = ""
 
     @property
@@ -103,16 +104,16 @@ def layout(fmt: str) -> Layout:
     if fmt == "bf16x12":
         return Layout(fmt, isa.tile_rows, narrow, X12_INPUTS, LINE + X12_INPUTS * 24, 2 * X12_INPUTS, "bf16", 12)
     found = _GROUPED.fullmatch(fmt)
-    if not found or (found[5] and found[1] == "8"):
+    if not found or (found[5] and (found[1] == "8" or found[3] == "m")):
         raise ConfigError(f"unknown weight format {fmt!r}; known: bf16, bf16x12, f32, w8, w4gNs-bf16 and the like", param="fmt")
     bits, group, zero, scale = int(found[1]), int(found[2]), found[3] == "z", found[4]
-    if group % 32 or not group:
-        raise ConfigError(f"weight format {fmt!r}: groups must be multiples of 32 inputs", param="fmt")
-    scale_line = 16 * SCALE_BYTES[scale]
+    if group % (32 if bits == 4 else 16) or not group:
+        raise ConfigError(f"weight format {fmt!r}: groups must be multiples of 32 inputs (8 bits: of 16)", param="fmt")
+    scale_line, minima = 16 * SCALE_BYTES[scale], found[3] == "m"
     groups = 4 if zero else LINE // scale_line
-    head = groups * (scale_line + (16 if zero else 0))
+    head = groups * (scale_line * (2 if minima else 1) + (16 if zero else 0))
     unit_bytes = head + groups * group * bits * 2
     size, operand = (2, "bf16") if found[5] else (1, "i8")
     return Layout(
-        fmt, isa.tile_rows, narrow if found[5] else isa.tile_columns, group * groups, unit_bytes, size * group * groups, operand, bits, group, groups, head, zero, scale
+        fmt, isa.tile_rows, narrow if found[5] else isa.tile_columns, group * groups, unit_bytes, size * group * groups, operand, bits, group, groups, head, zero, minima, scale
     )

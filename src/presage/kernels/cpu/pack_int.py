@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +15,7 @@ from presage.quantize.canonical import Canonical
 
 SCALE_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 WHOLE_GROUP = 128
-"""Group under which a 4-bit weight with one scale an output runs: the scale is repeated."""
+"""Group under which grouped formats run a weight with one scale an output: the scale is repeated."""
 
 
 def scale_kind(scale: torch.Tensor) -> str:
@@ -25,19 +26,51 @@ def scale_kind(scale: torch.Tensor) -> str:
     return "f32"
 
 
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A quantised weight with one level of scales: w = scale * (codes - zero) - low, all but the codes per group."""
+
+    codes: torch.Tensor
+    bits: int
+    group: int
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    low: torch.Tensor | None
+    activations: int
+
+
+def flat(weight: Canonical) -> Flat:
+    """Products of two levels of scales are exact in f32, so a weight with two becomes one with smaller groups (codes of 6 bits become bytes)."""
+    w = weight
+    if w.sub is None and w.low is None:
+        return Flat(w.codes, w.bits, w.group, w.scale, w.zero, None, w.activations)
+    parts, ratio = -(-w.shape[1] // w.sub_group), w.group // w.sub_group
+
+    def per_part(scale: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+        wide = scale.float().repeat_interleave(ratio, 1)[:, :parts]
+        return wide if factor is None else wide * factor.float()
+
+    low = None if w.low is None else per_part(w.scale if w.low_scale is None else w.low_scale, w.low)
+    zero = None if w.zero is None else w.zero.repeat_interleave(ratio, 1)[:, :parts]
+    return Flat(w.codes, 8 if w.bits > 4 else 4, w.sub_group, per_part(w.scale, w.sub), zero, low, 8)
+
+
 def integer_format(weight: Canonical) -> str:
-    """The format that runs a quantised weight exactly as it is meant. Raises UnsupportedModel if there is none."""
-    k, signed = weight.shape[1], weight.codes.dtype == torch.int8
-    plain = weight.sub is None and weight.low is None
-    if plain and weight.bits == 8 and signed and weight.zero is None:
-        return "w8" if weight.group == k else f"w8g{weight.group}s-{scale_kind(weight.scale)}"
-    if plain and weight.bits == 4 and signed == (weight.zero is None):
-        group = WHOLE_GROUP if weight.group == k and k % 32 else weight.group
+    """The format that runs a quantised weight exactly as it is meant (8-bit weights with int8 rows). Raises UnsupportedModel if there is none."""
+    w, k, signed = flat(weight), weight.shape[1], weight.codes.dtype == torch.int8
+    if w.bits == 8 and signed and w.zero is None and w.low is None:
+        return "w8" if w.group == k else f"w8g{w.group}s-{scale_kind(w.scale)}"
+    if w.bits == 8 and not signed and w.zero is not None and w.low is None:
+        return f"w8g{WHOLE_GROUP if w.group == k else w.group}z-{scale_kind(w.scale)}"
+    if w.bits == 4 and w.low is not None and w.zero is None and not signed:
+        return f"w4g{w.group}m-f32"
+    if w.bits == 4 and w.low is None and signed == (w.zero is None):
+        group = WHOLE_GROUP if w.group == k and k % 32 else w.group
         if group == k and k > 256:
             group = WHOLE_GROUP if k % WHOLE_GROUP == 0 else 32
-        return f"w4g{group}{'s' if signed else 'z'}-{scale_kind(weight.scale)}{'-wide' if weight.activations == 16 else ''}"
+        return f"w4g{group}{'s' if signed else 'z'}-{scale_kind(w.scale)}{'-wide' if w.activations == 16 else ''}"
     form = f"{weight.bits} bits, groups of {weight.group}, {'with' if weight.zero is not None else 'no'} zero points"
-    raise UnsupportedModel(f"no kernel for weights of {form}{'' if plain else ', two levels of scales'}", param="model")
+    raise UnsupportedModel(f"no kernel for weights of {form}{'' if weight.sub is None else ', two levels of scales'}", param="model")
 
 
 def _filled(part: torch.Tensor, columns: int) -> torch.Tensor:
@@ -45,13 +78,13 @@ def _filled(part: torch.Tensor, columns: int) -> torch.Tensor:
     return part.contiguous() if part.shape[1] == columns else torch.nn.functional.pad(part, (0, columns - part.shape[1])).contiguous()
 
 
-def _code_words(weight: Canonical, form: Layout) -> torch.Tensor:
+def _code_words(weight: Flat, form: Layout) -> torch.Tensor:
     """Codes as bytes [n, units * unit_k * bits / 8], every 4 bytes a word of one output."""
-    width = form.units(weight.shape[1]) * form.unit_k
+    width = form.units(weight.codes.shape[1]) * form.unit_k
     if form.bits == 8:
-        # Stored with 128 added: int8 codes have their top bit turned.
-        return _filled(weight.codes.view(torch.uint8) ^ 0x80, width)
-    unsigned = weight.codes if form.zero else (weight.codes + 8).view(torch.uint8)
+        # Stored from 0 on: int8 codes have their top bit turned.
+        return _filled(weight.codes if weight.codes.dtype == torch.uint8 else weight.codes.view(torch.uint8) ^ 0x80, width)
+    unsigned = weight.codes if weight.codes.dtype == torch.uint8 else (weight.codes + 8).view(torch.uint8)
     eights = _filled(unsigned, width).view(len(unsigned), -1, 8)
     if form.integer:
         return (eights[:, :, :4] | eights[:, :, 4:] << 4).reshape(len(unsigned), -1)
@@ -67,20 +100,22 @@ def _by_block(parts: Sequence[torch.Tensor], form: Layout, n: int) -> torch.Tens
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
-def _per_group(part: torch.Tensor, weight: Canonical, form: Layout) -> torch.Tensor:
+def _per_group(part: torch.Tensor, weight: Flat, form: Layout) -> torch.Tensor:
     """Scales or zero points with one column per group of the layout: a wider group's are repeated, missing ones are 0."""
-    count = form.units(weight.shape[1]) * form.groups
+    count = form.units(weight.codes.shape[1]) * form.groups
     if weight.group != form.group:
         part = part.repeat_interleave(-(-weight.group // form.group), 1)[:, :count]
     return _filled(part, count)
 
 
-def _heads(weights: Sequence[Canonical], form: Layout) -> torch.Tensor:
-    """Heads of all units, uint8 [blocks, vectors, units, head]: scales, then zero points, 16 outputs side by side."""
-    n, units = weights[0].shape[0], form.units(weights[0].shape[1])
+def _heads(weights: Sequence[Flat], form: Layout) -> torch.Tensor:
+    """Heads of all units, uint8 [blocks, vectors, units, head]: scales, then zero points or minima, 16 outputs side by side."""
+    n, units = weights[0].codes.shape[0], form.units(weights[0].codes.shape[1])
     fields = [[_per_group(w.scale.to(SCALE_DTYPES[form.scale]), w, form) for w in weights]]
     if form.zero:
         fields.append([_per_group(w.zero, w, form) for w in weights if w.zero is not None])
+    if form.minima:
+        fields.append([_per_group(w.low.to(SCALE_DTYPES[form.scale]), w, form) for w in weights if w.low is not None])
     parts = []
     for field in fields:
         rows = _by_block(field, form, n)
@@ -98,11 +133,12 @@ def pack_int(weights: Sequence[Canonical], team: Team | None = None, fmt: str | 
     form = layout(fmt or integer_format(first))
     (n, k), units = first.shape, form.units(first.shape[1])
     words = units * form.unit_k * form.bits // 32
-    planes = into_planes(tuple(_code_words(w, form) for w in weights), n, words, 0, form.columns, team)
+    parts = [flat(w) for w in weights]
+    planes = into_planes(tuple(_code_words(w, form) for w in parts), n, words, 0, form.columns, team)
     gated = len(weights) == 2
     if form.group:
         codes = planes.view(len(planes), form.vectors, units, -1).view(torch.uint8)
-        data = torch.cat([_heads(weights, form), codes], 3).reshape(-1)
+        data = torch.cat([_heads(parts, form), codes], 3).reshape(-1)
         scales_at = 0
     else:
         scales = _by_block([w.scale.float() for w in weights], form, n).reshape(-1)
@@ -125,8 +161,8 @@ def unpack_int(p: PackedLinear) -> torch.Tensor:
             body = body[..., [0, 2, 4, 6, 1, 3, 5, 7]]
     codes = body.permute(0, 1, 3, 2, 4).reshape(p.blocks, form.columns, -1).float()
     if form.group:
-        scale, zero = _read_heads(p, lines)
-        w = (codes - zero.repeat_interleave(form.group, 2)) * scale.repeat_interleave(form.group, 2)
+        scale, zero, low = (part.repeat_interleave(form.group, 2) for part in _read_heads(p, lines))
+        w = (codes - zero) * scale - low
     else:
         scale = p.data[p.scales_at :].view(torch.float32).view(p.blocks, form.columns, 1)
         w = (codes - 128) * scale
@@ -138,8 +174,8 @@ def unpack_int(p: PackedLinear) -> torch.Tensor:
     return out
 
 
-def _read_heads(p: PackedLinear, lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales, zero points) as f32 [blocks, columns, groups]."""
+def _read_heads(p: PackedLinear, lines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scales, zero points, minima) as f32 [blocks, columns, groups]."""
     form = p.layout
 
     def field(start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -149,5 +185,9 @@ def _read_heads(p: PackedLinear, lines: torch.Tensor) -> tuple[torch.Tensor, tor
 
     width = form.groups * 16 * SCALE_DTYPES[form.scale].itemsize
     scale = field(0, width, SCALE_DTYPES[form.scale])
-    zero = field(width, form.head, torch.uint8) if form.zero else torch.full_like(scale, 8.0 if form.bits == 4 else 128.0)
-    return scale, zero
+    zero, low = torch.full_like(scale, 0.0 if form.minima else 8.0 if form.bits == 4 else 128.0), torch.zeros_like(scale)
+    if form.zero:
+        zero = field(width, form.head, torch.uint8)
+    elif form.minima:
+        low = field(width, form.head, SCALE_DTYPES[form.scale])
+    return scale, zero, low

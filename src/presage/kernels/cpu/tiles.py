@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from presage.kernels.cpu.cache import device, subroutine
 from presage.kernels.cpu.layout import SCALE_BYTES, Layout
 from presage.kernels.cpu.simd import (
+    broadcast_f32,
     broadcast_i32,
     dot_bf16,
     dot_u8s8,
@@ -37,6 +40,7 @@ from presage.kernels.cpu.simd import (
     store_f32,
     store_i32,
     zero_f32,
+    zero_i32,
 )
 from presage.kernels.cpu.simd_int import dot_u7s8, high_nibbles, load_f16, low_nibbles
 from presage.kernels.cpu.tiles_wide import exponent_tile, wide_tile
@@ -156,7 +160,14 @@ def _begin(layout: Layout, rows: int) -> Any:
     """First value of a group's integer sums: minus zero point times the sum of the row's codes, so codes need no offset."""
     vectors, half = layout.vectors, 8 if layout.bits == 4 else 128
 
-    if layout.zero:
+    if layout.minima:
+
+        @device
+        def begin(ints, zeros, plane, sums, stride, group):  # type: ignore[no-untyped-def]
+            for i in range(rows * vectors):
+                put(ints, i, zero_i32())
+
+    elif layout.zero:
 
         @device
         def begin(ints, zeros, plane, sums, stride, group):  # type: ignore[no-untyped-def]
@@ -184,7 +195,7 @@ def _grouped_tile(layout: Layout, rows: int) -> Any:
     groups, head, unit, codes = layout.groups, layout.head, layout.unit_bytes, layout.code_bytes
     scale_line = 16 * SCALE_BYTES[layout.scale]
     zeros_at = groups * scale_line
-    begin, load_scale = _begin(layout, rows), SCALES[layout.scale]
+    begin, load_scale, minima = _begin(layout, rows), SCALES[layout.scale], layout.minima
     step = (_nibble_step if layout.bits == 4 else _byte_step)(rows, vectors)
 
     @subroutine
@@ -206,7 +217,11 @@ def _grouped_tile(layout: Layout, rows: int) -> Any:
                 scale = load_scale(at + v * plane + part * scale_line, 0)
                 for r in range(rows):
                     place = (r * vectors + v) * 16
-                    store_f32(acc, place, fma(float_of(get(ints, r * vectors + v)), scale, load_f32(acc, place)))
+                    total = load_f32(acc, place)
+                    if minima:
+                        low = load_scale(at + v * plane + zeros_at + part * scale_line, 0)
+                        total = fma(broadcast_f32(np.float32(-get_i32(sums + r * stride, group))), low, total)
+                    store_f32(acc, place, fma(float_of(get(ints, r * vectors + v)), scale, total))
 
     return tile
 

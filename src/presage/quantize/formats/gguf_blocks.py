@@ -50,17 +50,17 @@ def _halves(data: torch.Tensor) -> torch.Tensor:
 
 def _q4_0(b: torch.Tensor) -> Canonical:
     codes = _rows(_halves(b[:, :, 2:]))
-    return Canonical((codes.view(torch.int8) - 8), 4, _f16(b, 0), 32)
+    return Canonical((codes.view(torch.int8) - 8), 4, _f16(b, 0), 32, activations=8)
 
 
 def _q4_1(b: torch.Tensor) -> Canonical:
     codes, low = _rows(_halves(b[:, :, 4:])), -_f16(b, 2)
     # The minimum is a float of its own: one second-level factor of 1 per block carries it.
-    return Canonical(codes, 4, _f16(b, 0), 32, sub_group=32, low=torch.ones_like(low, dtype=torch.uint8), low_scale=low)
+    return Canonical(codes, 4, _f16(b, 0), 32, sub_group=32, low=torch.ones_like(low, dtype=torch.uint8), low_scale=low, activations=8)
 
 
 def _q8_0(b: torch.Tensor) -> Canonical:
-    return Canonical(_rows(b[:, :, 2:]).view(torch.int8), 8, _f16(b, 0), 32)
+    return Canonical(_rows(b[:, :, 2:]).view(torch.int8), 8, _f16(b, 0), 32, activations=8)
 
 
 def _q4_k(b: torch.Tensor) -> Canonical:
@@ -68,7 +68,7 @@ def _q4_k(b: torch.Tensor) -> Canonical:
     sub = torch.cat((first & 63, (third & 15) | (first >> 6) << 4), 2)
     low = torch.cat((second & 63, (third >> 4) | (second >> 6) << 4), 2)
     codes = _halves(b[:, :, 16:].unflatten(2, (4, 32)))
-    return Canonical(_rows(codes), 4, _f16(b, 0), 256, sub=_rows(sub), sub_group=32, low=_rows(low), low_scale=_f16(b, 2))
+    return Canonical(_rows(codes), 4, _f16(b, 0), 256, sub=_rows(sub), sub_group=32, low=_rows(low), low_scale=_f16(b, 2), activations=8)
 
 
 def _q6_k(b: torch.Tensor) -> Canonical:
@@ -77,7 +77,7 @@ def _q6_k(b: torch.Tensor) -> Canonical:
     high = b[:, :, 128:192].unflatten(2, (2, 1, 32)) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3
     codes = _rows(low | high << 4)
     scale = b[:, :, 192:208].contiguous().view(torch.int8)
-    return Canonical(codes.view(torch.int8) - 32, 6, _f16(b, 208), 256, sub=_rows(scale), sub_group=16)
+    return Canonical(codes.view(torch.int8) - 32, 6, _f16(b, 208), 256, sub=_rows(scale), sub_group=16, activations=8)
 
 
 _SPLIT: dict[str, tuple[int, Split]] = {
