@@ -126,7 +126,7 @@ def arguments() -> argparse.Namespace:
     every = ["matrix", *FIGURES, *BESTS, "quality"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--own", nargs="+", default=["bf16"], help="precisions of ours: bf16, or names for --quantization")
+    parser.add_argument("--own", nargs="*", default=["bf16"], help="precisions of ours: bf16, or names for --quantization")
     parser.add_argument("--vllm-python")
     parser.add_argument("--llamacpp-python")
     parser.add_argument("--gguf", nargs="+", default=[], metavar="NAME=FILE", help="Q4_0=FILE Q8_0=FILE ...")
@@ -137,7 +137,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--quality", type=Path, help='JSON file {"w8a8": percent, "w4a8": percent}: perplexity above that of bf16')
     parser.add_argument("--room", type=float, default=7.0, help="GiB that must be available before another engine is started")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for a quiet machine before a disturbed question is asked again")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for quiet before asking again")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     return parser.parse_args()
@@ -157,7 +157,8 @@ def main() -> None:
             rows, overview = run(bench, set(args.only), json.loads(args.quality.read_text()) if args.quality else {})
         finally:
             pool.close()
-    facts |= {"pairs": args.pairs, "lengths": args.lengths, "versions": pool.versions, "busy_after": busy(), "disturbed": max(bench.disturbed, default=0.0)}
+    facts |= {"pairs": args.pairs, "lengths": args.lengths, "versions": pool.versions}
+    facts |= {"busy_after": busy(), "disturbed": max(bench.disturbed, default=0.0)}
     text = markdown(rows, overview, facts)
     print("\n" + text)
     if args.json:

@@ -40,13 +40,16 @@ class Copies(Protocol):
 
 
 class Ops(Protocol):
-    """A kernel family. ``kind`` names it; ``team`` has ``threads`` threads (None: the caller's only); ``numerics`` names what decides its bits."""
+    """A kernel family. ``kind`` names it; ``threads`` is the size of its team; ``numerics`` names what decides its bits."""
 
     kind: str
     numerics: str
     threads: int
-    team: Team | None
     dtype: torch.dtype
+
+    @property
+    def team(self) -> Team | None:
+        """The threads that share the work; None: the caller's only."""
 
     def pack(self, weight: Weight) -> Any:
         """A weight [N, K] in the family's own order."""

@@ -56,7 +56,7 @@ class Model:
     def kv_groups(self, block_size: int = 32) -> tuple[KVGroup, ...]:
         """KV groups of the plain method for blocks of ``block_size`` tokens."""
         dtype = "bfloat16" if self.ops.dtype == torch.bfloat16 else "float32"
-        return kv_groups(self.params, dtype, block_size, self._salt + self.ops.numerics.encode())
+        return kv_groups(self.params, dtype, block_size, self._salt + f"{self.ops.numerics}|{self.scheme.name if self.scheme else ''}".encode())
 
     # -- hooks -------------------------------------------------------------------------------------------------------------------
 

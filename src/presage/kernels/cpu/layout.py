@@ -114,6 +114,7 @@ def layout(fmt: str) -> Layout:
     head = groups * (scale_line * (2 if minima else 1) + (16 if zero else 0))
     unit_bytes = head + groups * group * bits * 2
     size, operand = (2, "bf16") if found[5] else (1, "i8")
+    columns, unit_k = narrow if found[5] else isa.tile_columns, group * groups
     return Layout(
-        fmt, isa.tile_rows, narrow if found[5] else isa.tile_columns, group * groups, unit_bytes, size * group * groups, operand, bits, group, groups, head, zero, minima, scale
+        fmt, isa.tile_rows, columns, unit_k, unit_bytes, size * unit_k, operand, bits, group, groups, head, zero, minima, scale
     )

@@ -132,10 +132,11 @@ class Team:
         if threads < 1:
             raise ConfigError(f"a team needs at least one thread, not {threads}", param="threads")
         self.threads = threads
+        # `generation` counts how often scratch has moved.
         self._pool = pool or self._choose()
         self._start = self._pool.run
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._scratch_at = self.scratch_stride = 0
+        self._scratch_at = self.scratch_stride = self.generation = 0
         self._shared = torch.empty(0, dtype=torch.uint8)
 
     def _choose(self) -> Pool:
@@ -175,12 +176,14 @@ class Team:
             self.scratch_stride = -(-nbytes // 64) * 64
             self._scratch = torch.empty(self.scratch_stride * self.threads, dtype=torch.uint8)
             self._scratch_at = self._scratch.data_ptr()
+            self.generation += 1
         return self._scratch_at
 
     def shared(self, nbytes: int) -> int:
         """Address of scratch that all threads of a region share, 64-byte aligned, valid during the next region only; it grows as `scratch`."""
         if len(self._shared) < nbytes + 64:
             self._shared = torch.empty(nbytes + nbytes // 4 + 64, dtype=torch.uint8)
+            self.generation += 1
         return -(-self._shared.data_ptr() // 64) * 64
 
 
