@@ -79,9 +79,9 @@ def markdown(rows: list[Row], overview: dict[str, dict[str, float | None]], fact
         f" and at most {facts['disturbed']:.0%} during a measurement that counts.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(facts["versions"].items()) if v) + ".",
         "",
-        "| figure | | target | measured (spread) | verdict | plain read | |",
-        "|---|---|---|---|---|---|---|",
     ]
+    if rows:
+        out += ["| figure | | target | measured (spread) | verdict | plain read | |", "|---|---|---|---|---|---|---|"]
     for r in rows:
         sign = "≥" if r.at_least else "≤"
         found = "–" if r.value is None else f"{number(r.value, r.unit)} ({number(r.low, r.unit)}..{number(r.high, r.unit)})"

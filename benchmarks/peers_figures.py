@@ -145,7 +145,7 @@ def matrix(bench: Bench, cases: Sequence[str]) -> dict[str, dict[str, float | No
         row: dict[str, float | None] = {}
         for case in cases:
             try:
-                row[case] = bench.rate(spec, case)
+                row[case] = bench.rate(spec, case) if spec.can(case) else None
             except EngineFailed as error:
                 print(error, file=sys.stderr)
                 row[case] = None

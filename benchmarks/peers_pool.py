@@ -31,6 +31,10 @@ class Spec:
         """As tables show it."""
         return f"{self.kind} {self.variant}"
 
+    def can(self, case: str) -> bool:
+        """Can it be asked for a case? Single steps only where the engine lets one make them."""
+        return self.kind in ("presage", "llama.cpp") or not case.startswith("verify")
+
     @property
     def own(self) -> bool:
         """Is it ours?"""

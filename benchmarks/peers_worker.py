@@ -210,6 +210,7 @@ class Linears:
         import torch
 
         from presage import __version__
+        from presage.kernels.cpu.memory import Arena
         from presage.kernels.cpu.pack_int import pack_int
         from presage.kernels.cpu.team import Team
         from presage.quantize.rtn import quantize_rtn
@@ -219,7 +220,8 @@ class Linears:
         torch.set_num_threads(1)
         scheme, self.n, self.k = parse_scheme(variant), n, k
         made = (torch.randn(n, k).bfloat16() for _ in range(copies))
-        self.packs = [pack_int([quantize_rtn(w, scheme, self.team)], self.team) for w in made]
+        arena = Arena()
+        self.packs = [arena.settle(pack_int([quantize_rtn(w, scheme, self.team)], self.team)) for w in made]
 
     def linear(self, rows: int, repeats: int) -> dict[str, float]:
         """Bytes and operations per second of one call of ``rows`` rows: the median pass over the copies."""

@@ -25,7 +25,7 @@ from presage.core.plan import StepPlan
 from presage.core.request import Emission, Request
 from presage.core.sampling_params import SamplingParams
 from presage.engine.assemble import error_of
-from presage.engine.build import Engine, build_engine, in_passing_thread, thread_count
+from presage.engine.build import Engine, build_engine, in_passing_thread, load_model, thread_count
 from presage.execute.batch import Batch
 from presage.execute.executor import TorchExecutor, out_rows
 from presage.execute.walk import layers
@@ -283,23 +283,11 @@ def timed_executor(config: EngineConfig) -> tuple[TorchExecutor, TimedOps]:
     """An executor, not started, on a model whose operations are timed."""
     from presage.core.kv import KVGeometry
     from presage.execute.sampling.sampler import Sampler
-    from presage.layers.ops import build_ops
-    from presage.models.loading import open_checkpoint
-    from presage.models.registry import build_model
-    from presage.quantize.schemes import parse_scheme
 
-    m = config.model
-    checkpoint = open_checkpoint(m.model, m.revision, m.load_format)
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    name = m.dtype if m.dtype != "auto" else ("float32" if stored == "float32" else "bfloat16")
-    dtype: torch.dtype = getattr(torch, name)
-    scheme = parse_scheme(m.quantization) if m.quantization else None
-    lossless = scheme is not None and scheme.weight_bits == 16
-    timed = TimedOps(build_ops(config.executor.kernels, dtype, thread_count(config), lossless))
-    model = in_passing_thread(lambda: build_model(checkpoint, dtype, timed, None, m.max_model_len, scheme))
+    _, model, _ = in_passing_thread(lambda: load_model(config, wrap=TimedOps))
     groups = model.kv_groups(config.cache.block_size)
     blocks = config.cache.num_gpu_blocks_override
     if blocks is None:
         raise ConfigError("timing kernels sizes the KV cache itself; leave out kv_cache_memory", param="kv_cache_memory")
     geometry = KVGeometry(groups=groups, num_blocks=(blocks,) * len(groups))
-    return TorchExecutor(model, geometry, Sampler(model.vocab_size), depth=1), timed
+    return TorchExecutor(model, geometry, Sampler(model.vocab_size), depth=1), model.ops

@@ -36,6 +36,8 @@ class ModelConfig(Group):
     """Precision of weights, activations and KV; ``auto`` follows the checkpoint (float16 runs as bfloat16)."""
     quantization: str | None = None
     """Weights and activations of linear layers: ``w8a8``, ``w4a8``, ... quantise a bf16 checkpoint while it loads; none = as the checkpoint is."""
+    packed_weights_bytes: int = Field(32 << 30, ge=0)
+    """Disk space for weights that were quantised while they loaded, so that the next start need not; the oldest go first. 0 = none is kept."""
     max_model_len: int | None = Field(None, ge=1)
     """Longest prompt plus output in tokens; the checkpoint's limit by default."""
     seed: int = 0

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from presage.cache.content import HashedContent
 from presage.cache.geometry import parse_bytes, size_pools
 from presage.cache.manager import BlockManager
 from presage.core.config import EngineConfig
+from presage.core.errors import ConfigError
 from presage.core.events import Abort, Arrive
 from presage.core.kv import KVGeometry
 from presage.core.request import Request
@@ -89,7 +91,7 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     torch.set_num_threads(1)  # the kernels' team owns the cores; a torch operator must not open a second one
     # In a thread of its own: OpenMP keeps a pool per calling thread, and one left behind here would make the executor's count as
     # oversubscribed, whose workers then sleep between kernels instead of waiting a moment (70 us a kernel instead of 2).
-    checkpoint, model, dtype = in_passing_thread(lambda: _load(config, progress))
+    checkpoint, model, dtype = in_passing_thread(lambda: load_model(config, progress))
     max_len = model.max_len
     geometry = _geometry(config, model, max_len)
     m = config.model
@@ -135,42 +137,55 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     return Engine(config, loop, driver, executor, tokenizer, info, grammar, Stats(loop))
 
 
-def _load(config: EngineConfig, progress: bool) -> tuple[Any, Any, str]:
+def load_model(config: EngineConfig, progress: bool = False, wrap: Callable[[Any], Any] = lambda ops: ops) -> tuple[Any, Any, str]:
+    """The checkpoint, its model and the name of its dtype. ``wrap`` may put something around the operations (to time them).
+
+    Raises what opening, memory and configuration may raise.
+    """
     import torch
 
     from presage.execute.sizing import least_kv_bytes
+    from presage.kernels.cpu.pack_store import pack_store
     from presage.layers.ops import build_ops
     from presage.models.loading import available_memory, check_memory, open_checkpoint, stderr_progress
     from presage.models.params import parse
     from presage.models.registry import build_model
+    from presage.quantize.planned import planned_bytes
+    from presage.quantize.schemes import parse_scheme
+
     m = config.model
     checkpoint = open_checkpoint(m.model, m.revision, m.load_format)
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     dtype = m.dtype if m.dtype != "auto" else ("float32" if stored == "float32" else "bfloat16")
+    kind = getattr(torch, dtype)
     params = parse(checkpoint.config).limited(m.max_model_len)
-    check_memory(checkpoint.weight_bytes(getattr(torch, dtype)), least_kv_bytes(config, params, dtype), available_memory())
-    scheme = _scheme(m.quantization)
-    ops = build_ops(config.executor.kernels, getattr(torch, dtype), thread_count(config), scheme is not None and scheme.weight_bits == 16)
-    if not progress:
-        return checkpoint, build_model(checkpoint, getattr(torch, dtype), ops, None, m.max_model_len, scheme), dtype
-    with stderr_progress("loading") as report:
-        model = build_model(
-            checkpoint,
-            getattr(torch, dtype),
-            ops,
-            lambda done, of: report(checkpoint.nbytes * done // of, checkpoint.nbytes),
-            m.max_model_len,
-            scheme,
-        )
-    return checkpoint, model, dtype
+    scheme = parse_scheme(m.quantization) if m.quantization else None
+    if scheme is not None and scheme.weight_bits == 16 and dtype != "bfloat16":
+        raise ConfigError(f"{scheme.name} packs bfloat16 weights, and these are {dtype}", param="quantization")
+    need = checkpoint.weight_bytes(kind) if scheme is None else planned_bytes(checkpoint, scheme, kind, params.vocab_size)
+    check_memory(need, least_kv_bytes(config, params, dtype), available_memory())
+    with pack_store(_packed_file(config, checkpoint, dtype), m.packed_weights_bytes) as store:
+        ops = wrap(build_ops(config.executor.kernels, kind, thread_count(config), store))
+        if not progress:
+            return checkpoint, build_model(checkpoint, kind, ops, None, m.max_model_len, scheme), dtype
+        with stderr_progress("loading" if scheme is None or (store and store.ready) else f"loading, quantising to {scheme.name}") as report:
+
+            def layers(done: int, of: int) -> None:
+                report(checkpoint.nbytes * done // of, checkpoint.nbytes)
+
+            return checkpoint, build_model(checkpoint, kind, ops, layers, m.max_model_len, scheme), dtype
 
 
-def _scheme(name: str | None) -> Any:
-    if name is None:
+def _packed_file(config: EngineConfig, checkpoint: Any, dtype: str) -> Path | None:
+    """Where the packed weights of this model, scheme, machine and code are kept; None if they are not."""
+    m = config.model
+    if m.quantization is None or m.load_format == "dummy" or m.packed_weights_bytes == 0 or config.executor.kernels == "reference":
         return None
-    from presage.quantize.schemes import parse_scheme
+    from presage.kernels.cpu.cache import cache_directory
+    from presage.kernels.cpu.pack_store import SUFFIX, code_stamp
+    from presage.models.loading.fingerprint import fingerprint
 
-    return parse_scheme(name)
+    return cache_directory("packed") / f"{fingerprint(checkpoint.path)}-{m.quantization}-{dtype}-{code_stamp()}{SUFFIX}"
 
 
 def in_passing_thread(work: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from presage.core.errors import CheckpointError
 from presage.layers.norm import Norm
 from presage.layers.ops import Ops, Weight
 from presage.quantize.canonical import Canonical, fuse
+from presage.quantize.planned import Planned
 
 
 class Linear:
@@ -71,7 +72,9 @@ class Linear:
 def _alike(a: Weight, b: Weight) -> bool:
     if isinstance(a, Canonical) and isinstance(b, Canonical):
         return a.alike(b)
-    return not isinstance(a, Canonical) and not isinstance(b, Canonical)
+    if isinstance(a, Planned) and isinstance(b, Planned):
+        return a.alike(b)
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
 
 
 def _runs(weights: Sequence[Weight]) -> list[Weight]:
@@ -90,6 +93,8 @@ def _fused(run: list[Weight]) -> Weight:
         return run[0]
     if isinstance(run[0], Canonical):
         return fuse([w for w in run if isinstance(w, Canonical)])
+    if isinstance(run[0], Planned):
+        return Planned(tuple(p for w in run if isinstance(w, Planned) for p in w.parts), run[0].scheme)
     return torch.cat([w for w in run if isinstance(w, torch.Tensor)])
 
 

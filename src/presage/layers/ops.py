@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from presage.quantize.canonical import Canonical
+from presage.quantize.planned import Planned
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
+    from presage.kernels.cpu.pack_store import PackStore
     from presage.kernels.cpu.team import Team
 
 KERNEL_BLOCK = 32
 """Tokens of a block as kernels see it."""
 
 Maybe = torch.Tensor | None
-Weight = torch.Tensor | Canonical
-"""A matrix [N, K] as a checkpoint gives it: dense, or quantised."""
+Weight = torch.Tensor | Canonical | Planned
+"""A matrix [N, K] as a checkpoint gives it: dense, quantised, or dense and to be quantised."""
 Arrays = Sequence[tuple[torch.Tensor, torch.Tensor]]
 BoundNorm = Callable[[torch.Tensor, torch.Tensor], Any]
 BoundWrite = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
@@ -92,10 +94,10 @@ class Ops(Protocol):
         """Copies inside the caches of all layers of a group."""
 
 
-def build_ops(kernels: Literal["auto", "cpu", "reference"], dtype: torch.dtype, threads: int, lossless: bool = False) -> Ops:
+def build_ops(kernels: Literal["auto", "cpu", "reference"], dtype: torch.dtype, threads: int, store: PackStore | None = None) -> Ops:
     """The family named by ``ExecutorConfig.kernels`` (``auto``: the CPU kernels) with a team of ``threads``.
 
-    ``lossless``: dense bf16 weights are packed in 12 bits and a bit where the family can."""
+    ``store``: where weights that are quantised while they load are kept for the next start."""
     # Imported here: the twins must stay usable where numba has no target for the machine.
     if kernels == "reference":
         from presage.layers.ops_reference import ReferenceOps
@@ -103,4 +105,4 @@ def build_ops(kernels: Literal["auto", "cpu", "reference"], dtype: torch.dtype, 
         return ReferenceOps(dtype)
     from presage.layers.ops_cpu import CpuOps
 
-    return CpuOps(dtype, threads, lossless)
+    return CpuOps(dtype, threads, store)

@@ -2,59 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from presage.core.errors import ConfigError
 from presage.kernels.cpu import linear as kernels
 from presage.kernels.cpu.activation import embedding, moe_combine
 from presage.kernels.cpu.attention import AttentionBatch, PagedAttention, attention_numerics
 from presage.kernels.cpu.isa import current_isa
 from presage.kernels.cpu.kv_copy import CacheCopies
+from presage.kernels.cpu.memory import Arena
 from presage.kernels.cpu.norm import Norm
-from presage.kernels.cpu.pack import pack, pack_gate_up
+from presage.kernels.cpu.pack import PackedLinear, pack, pack_gate_up
 from presage.kernels.cpu.pack_int import pack_int
+from presage.kernels.cpu.pack_store import PackStore
 from presage.kernels.cpu.pack_x12 import pack_x12
 from presage.kernels.cpu.rope import RopeWrite
 from presage.kernels.cpu.team import Team
 from presage.kernels.errors import KernelArgumentError
 from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe, Weight
 from presage.quantize.canonical import Canonical
+from presage.quantize.planned import Planned
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
 
 
 class CpuOps:
-    """One team of ``threads`` threads for all kernels of an engine. ``lossless``: dense weights are packed as bf16x12 (same bits, less to read)."""
+    """One team of ``threads`` threads for all kernels of an engine. ``store``: where packed weights of a scheme are kept between starts."""
 
     kind = "cpu"
 
-    def __init__(self, dtype: torch.dtype, threads: int, lossless: bool = False) -> None:
-        if lossless and dtype != torch.bfloat16:
-            raise ConfigError("bf16x12 packs bfloat16 weights only", param="quantization")
-        self.dtype, self.threads, self.team, self._x12 = dtype, threads, Team(threads), lossless
+    def __init__(self, dtype: torch.dtype, threads: int, store: PackStore | None = None) -> None:
+        self.dtype, self.threads, self.team, self._store = dtype, threads, Team(threads), store
+        self._arena = Arena() if store is None else store.arena
         self._format = "bf16" if dtype == torch.bfloat16 else "f32"
         self.numerics = f"{self._format}-{current_isa().numerics}|{attention_numerics(dtype)}"
 
     def pack(self, weight: Weight) -> Any:
         """A weight [N, K] in the family's own order."""
-        if isinstance(weight, Canonical):
-            return pack_int([weight], self.team)
-        if self._x12:
-            return pack_x12([weight], self.team)
-        return pack(weight, self._format, self.team)
+        return self._pack([weight])
 
     def pack_gate_up(self, gate: Weight, up: Weight) -> Any:
         """Two weights [N, K] of a gated activation."""
-        if isinstance(gate, Canonical) and isinstance(up, Canonical):
-            return pack_int([gate, up], self.team)
-        if isinstance(gate, Canonical) or isinstance(up, Canonical):
+        return self._pack([gate, up])
+
+    def _pack(self, weights: Sequence[Weight]) -> PackedLinear:
+        planned = [w for w in weights if isinstance(w, Planned)]
+        if len(planned) == len(weights):
+            if self._store is None:
+                return self._arena.settle(pack_planned(planned, self.team))
+            return self._store.take(planned[0].shape, len(planned) == 2, lambda: pack_planned(planned, self.team))
+        codes = [w for w in weights if isinstance(w, Canonical)]
+        if len(codes) == len(weights):
+            return self._arena.settle(pack_int(codes, self.team))
+        floats = [w for w in weights if isinstance(w, torch.Tensor)]
+        if len(floats) != len(weights):
             raise KernelArgumentError("a gate and an up must both be quantised, or neither")
-        if self._x12:
-            return pack_x12([gate, up], self.team)
-        return pack_gate_up(gate, up, self._format, self.team)
+        packed = pack(floats[0], self._format, self.team) if len(floats) == 1 else pack_gate_up(floats[0], floats[1], self._format, self.team)
+        return self._arena.settle(packed)
 
     def pack_experts(self, packs: list[Any]) -> Any:
         """Packed weights of equal shape, for one grouped call."""
@@ -100,3 +107,10 @@ class CpuOps:
     def copies(self, arrays: Arrays) -> Copies:
         """Copies inside the caches of all layers of a group."""
         return CacheCopies(self.team, arrays)
+
+
+def pack_planned(weights: Sequence[Planned], team: Team | None) -> PackedLinear:
+    """One weight, or a gate and an up, packed as their scheme says."""
+    if weights[0].scheme.weight_bits == 16:
+        return pack_x12([w.dense() for w in weights], team)
+    return pack_int([w.quantise(team) for w in weights], team)

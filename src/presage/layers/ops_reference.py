@@ -15,6 +15,7 @@ from presage.kernels.reference import norm as norm_twin
 from presage.kernels.reference import rope as rope_twin
 from presage.layers.ops import Arrays, BoundAttention, BoundNorm, BoundWrite, Copies, Maybe, Weight
 from presage.quantize.canonical import Canonical, fuse
+from presage.quantize.planned import Planned
 
 if TYPE_CHECKING:
     from presage.execute.batch import Batch, Table
@@ -30,13 +31,15 @@ class ReferenceOps:
 
     def pack(self, weight: Weight) -> Any:
         """A weight [N, K] in the family's own order."""
-        return weight if isinstance(weight, Canonical) else weight.to(self.dtype)
+        w = _settled(weight)
+        return w if isinstance(w, Canonical) else w.to(self.dtype)
 
     def pack_gate_up(self, gate: Weight, up: Weight) -> Any:
         """Two weights [N, K] of a gated activation."""
-        if isinstance(gate, Canonical) and isinstance(up, Canonical):
-            return fuse([gate, up])
-        return torch.cat([w.unpack() if isinstance(w, Canonical) else w for w in (gate, up)]).to(self.dtype)
+        g, u = _settled(gate), _settled(up)
+        if isinstance(g, Canonical) and isinstance(u, Canonical):
+            return fuse([g, u])
+        return torch.cat([w.unpack() if isinstance(w, Canonical) else w for w in (g, u)]).to(self.dtype)
 
     def pack_experts(self, packs: list[Any]) -> Any:
         """Packed weights of equal shape, for one grouped call."""
@@ -100,6 +103,13 @@ class ReferenceOps:
     def copies(self, arrays: Arrays) -> Copies:
         """Copies inside the caches of all layers of a group."""
         return TwinCopies(arrays)
+
+
+def _settled(weight: Weight) -> torch.Tensor | Canonical:
+    """What was to be quantised is; packing without loss means nothing to a twin."""
+    if not isinstance(weight, Planned):
+        return weight
+    return weight.dense() if weight.scheme.weight_bits == 16 else weight.quantise()
 
 
 class TwinCopies:

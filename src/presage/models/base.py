@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,8 @@ from presage.layers.state import LayerContext, State, Workspace
 from presage.models.params import Params, RopeParams
 from presage.models.weights import LLAMA_NAMES, Shape, Weights, part_shapes
 from presage.quantize.canonical import Canonical, dense
-
-if TYPE_CHECKING:
-    from presage.quantize.schemes import Scheme
+from presage.quantize.planned import Planned
+from presage.quantize.schemes import Scheme, parse_scheme
 
 Progress = Callable[[int, int], None]
 
@@ -74,16 +72,13 @@ class Model:
         return Linear(self.ops, name, [self.weight(p, i) for p in parts], [self.weights.maybe(p, i) for p in parts], act)
 
     def weight(self, part: str, i: int = 0, expert: int = 0, head: bool = False) -> Weight:
-        """A matrix as its linear layer packs it: quantised as the scheme says if it is not already; routers stay as they are."""
+        """A matrix as its linear layer packs it: to be quantised as the scheme says unless it is already; routers stay as they are."""
         w, scheme = self.matrix(part, i, expert), self.scheme
-        if scheme is None or scheme.weight_bits == 16 or isinstance(w, Canonical) or part == "router":
+        if scheme is None or not isinstance(w, torch.Tensor) or part == "router":
             return w
-        from presage.quantize.rtn import quantize_rtn
-        from presage.quantize.schemes import parse_scheme
+        return Planned((w,), parse_scheme(scheme.head) if head else scheme)
 
-        return quantize_rtn(w, parse_scheme(scheme.head) if head else scheme, self.ops.team)
-
-    def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
+    def matrix(self, part: str, i: int = 0, expert: int = 0) -> torch.Tensor | Canonical:
         """A matrix [outputs, inputs] of the checkpoint."""
         return self.weights.get(part, i, expert=expert)
 

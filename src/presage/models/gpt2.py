@@ -11,7 +11,6 @@ from presage.layers.attention import Attention
 from presage.layers.decoder import Half
 from presage.layers.mlp import MLP
 from presage.layers.norm import LayerNorm, Norm
-from presage.layers.ops import Weight
 from presage.models.base import Model
 from presage.models.params import Params
 from presage.models.weights import Shape, part_shapes
@@ -49,7 +48,7 @@ class Family(Model):
         """A layer norm."""
         return LayerNorm(self.ops, self.weights.tensor(part, i), self.weights.tensor(part, i, ".bias"), self.params.eps)
 
-    def matrix(self, part: str, i: int = 0, expert: int = 0) -> Weight:
+    def matrix(self, part: str, i: int = 0, expert: int = 0) -> torch.Tensor | Canonical:
         """Stored as [inputs, outputs]."""
         w = super().matrix(part, i, expert)
         if isinstance(w, Canonical):

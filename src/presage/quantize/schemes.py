@@ -27,6 +27,12 @@ class Scheme:
     activation_bits: int
     head: str
 
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of a weight [n, k], near enough: codes and a 2-byte scale per group; 12.3 bits where nothing is lost."""
+        if self.weight_bits == 16:
+            return n * k * 123 // 80
+        return n * k * self.weight_bits // 8 + 2 * n * (-(-k // self.group_size) if self.group_size else 2)
+
 
 def parse_scheme(name: str) -> Scheme:
     """The scheme called ``name``. Raises ConfigError naming those there are."""

@@ -72,10 +72,10 @@ IMPORTED = time.time()
 """When this process began to import kernels."""
 
 
-def cache_directory() -> Path:
-    """NUMBA_CACHE_DIR, else PRESAGE_CACHE_ROOT, else ~/.cache/presage; with `kernels` below it."""
+def cache_directory(of: str = "kernels") -> Path:
+    """The folder for one kind of file under NUMBA_CACHE_DIR, else PRESAGE_CACHE_ROOT, else ~/.cache/presage."""
     root = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("PRESAGE_CACHE_ROOT")
-    return (Path(root) if root else Path.home() / ".cache" / "presage") / "kernels"
+    return (Path(root) if root else Path.home() / ".cache" / "presage") / of
 
 
 def sources_of(path: Path) -> frozenset[Path]:

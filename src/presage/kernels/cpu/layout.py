@@ -115,6 +115,8 @@ def layout(fmt: str) -> Layout:
     unit_bytes = head + groups * group * bits * 2
     size, operand = (2, "bf16") if found[5] else (1, "i8")
     columns, unit_k = narrow if found[5] else isa.tile_columns, group * groups
+    # Codes, both their halves and 24 sums are more than 32 registers: 8 x 48 spills (450 Gop/s where 4 x 48 does 760).
+    rows = isa.tile_rows // 2 if bits == 4 and columns > narrow else isa.tile_rows
     return Layout(
-        fmt, isa.tile_rows, columns, unit_k, unit_bytes, size * unit_k, operand, bits, group, groups, head, zero, minima, scale
+        fmt, rows, columns, unit_k, unit_bytes, size * unit_k, operand, bits, group, groups, head, zero, minima, scale
     )

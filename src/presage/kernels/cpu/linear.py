@@ -134,7 +134,8 @@ def linear(
 
     x [t, K] f32 or bf16 (rounded to the format's type; integer formats quantise rows; a `norm` takes f32), out [t, N] f32 or bf16;
     rows may be apart, columns not. `bias` f32 [N] (gated: [2 N], gate first). `act`: None, "silu", "gelu_tanh", "gelu", or these with
-    "_mul" for a weight of `pack_gate_up`. `scale_rows` f32 [t] multiplies rows after the activation. `residual`: pass `out` (f32) to add to it. `softcap` > 0 caps.
+    "_mul" for a weight of `pack_gate_up`. `scale_rows` f32 [t] multiplies rows after the activation. `residual`: pass `out` (f32) to add
+    to it. `softcap` > 0 caps.
     Raises KernelArgumentError for operands that do not fit.
     """
     site = p.site
