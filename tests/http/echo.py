@@ -31,6 +31,7 @@ class EchoEngine:
         self.tokenizer = Tokenizer.load(str(MODEL))
         self.chat_template = self.tokenizer.chat_template
         self.model_names, self.max_model_len = ["presage-tiny"], max_model_len
+        self.drafting = False
         self.vocab_size, self.eos_ids = self.tokenizer.vocab_size, tuple(self.tokenizer.eos_ids)
         self.max_waiting, self.chunk = max_waiting, chunk
         self.live: dict[str, asyncio.Event] = {}

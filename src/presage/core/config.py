@@ -61,6 +61,8 @@ class CacheConfig(Group):
     """Exact number of KV blocks per pool (tests, benchmarks)."""
     block_size: int = Field(32, ge=32, multiple_of=32)
     """Tokens per KV block."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """How keys and values are stored: ``auto`` as the model computes, ``int8`` with a scale per token and head, in about half the memory."""
     enable_prefix_caching: bool = True
     """Reuse the KV of prompts that share a prefix."""
 
@@ -82,6 +84,16 @@ class SchedulerConfig(Group):
     """Requests that may queue; more are answered with 503."""
     watermark: float = Field(0.01, ge=0, lt=1)
     """Share of blocks kept free when a request is admitted, against thrashing."""
+
+
+class SpeculationConfig(Group):
+    """Guessing ahead."""
+
+    speculative_config: str | dict[str, Any] | None = None
+    """JSON object, vLLM's names: ``{"method": "suffix", "num_speculative_tokens": 16}``; ``length`` (marginal, goodput, fixed) and ``rule`` beside
+    them. Methods: suffix, ngram, lookahead, model, early_exit, hybrid; none = one token a step."""
+    max_draft_tokens: int = Field(512, ge=0)
+    """Draft tokens verified in one step at most, over all requests."""
 
 
 class ObservabilityConfig(Group):
@@ -126,6 +138,7 @@ class EngineConfig(Group):
     cache: CacheConfig = Field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     executor: ExecutorConfig = Field(default_factory=ExecutorConfig)
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     structured_outputs: StructuredOutputsConfig = Field(default_factory=StructuredOutputsConfig)
     observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)
 

@@ -13,6 +13,7 @@ from presage.core.errors import EngineDead, PresageError
 from presage.core.events import Drain
 from presage.core.request import Emission, Request
 from presage.core.sampling_params import SamplingParams
+from presage.draft.settings import parse_speculative
 from presage.engine.assemble import Assembler
 from presage.engine.build import Engine, build_engine
 from presage.engine.inputs import Prompt, make_request, prompt_ids
@@ -96,6 +97,7 @@ class AsyncLLM:
         self.config = config
         self.runner = EngineThread(config, progress)
         info = self.runner.engine.info
+        self.drafting = parse_speculative(config.speculation.speculative_config) is not None
         self.tokenizer = self.runner.engine.tokenizer
         self.model_names = list(config.model.served_model_name) or [config.model.model]
         self.max_model_len, self.vocab_size, self.eos_ids = info.max_model_len, info.vocab_size, info.eos_ids

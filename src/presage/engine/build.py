@@ -19,6 +19,7 @@ from presage.core.kv import KVGeometry
 from presage.core.request import Request
 from presage.core.table import Table
 from presage.core.types import Wait
+from presage.draft.settings import parse_speculative
 from presage.engine.cutter import Cutter
 from presage.engine.driver import WallDriver
 from presage.engine.emitter import Emitter, Sink
@@ -98,9 +99,20 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     tokenizer = Tokenizer.load(m.tokenizer or checkpoint, m.revision if m.tokenizer else None, m.chat_template)
     eos = sorted(tokenizer.eos_ids)
     sampler = Sampler(model.vocab_size, eos, config.model.seed)
-    executor = TorchExecutor(model, geometry, sampler, pooling="mean" if config.model.pooling == "mean" else "last", depth=1)
+    executor = TorchExecutor(
+        model,
+        geometry,
+        sampler,
+        pooling="mean" if config.model.pooling == "mean" else "last",
+        depth=1,
+        kv_cache_dtype=config.cache.kv_cache_dtype,
+    )
     table, requests = Table(), dict[int, Request]()
     log = _log(config, geometry, executor.layers, eos, max_len)
+    drafting = _drafting(config, model)
+    if drafting:
+        # What drafters hold is no input of the loop, so that a replay cannot draft the same.
+        log.note("unreplayable", "drafts are not in the log")
     content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
     kv = BlockManager(
         geometry,
@@ -121,6 +133,7 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
         requests=requests,
         masker=MaskerSlots(grammar),
         log=log,
+        **drafting,
     )
     info = ModelInfo(
         name=config.model.model,
@@ -135,6 +148,21 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     driver = WallDriver(loop, clock)
     warm_up(driver, model.vocab_size, max_len, progress)
     return Engine(config, loop, driver, executor, tokenizer, info, grammar, Stats(loop))
+
+
+def _drafting(config: EngineConfig, model: Any) -> dict[str, Any]:
+    """The loop's share of speculation: drafter, length policy, its companion and a model of step times; empty without a drafter."""
+    speculative = parse_speculative(config.speculation.speculative_config)
+    if speculative is None or config.speculation.max_draft_tokens == 0:
+        return {}
+    from presage.draft.length.registry import make_length
+    from presage.draft.length.steptime import StepTime
+    from presage.draft.registry import make_drafter
+
+    drafter = make_drafter(speculative.drafter, speculative.settings, vocab_size=model.vocab_size, target=model)
+    length = make_length(speculative.length, rule=speculative.rule, **speculative.options)
+    wishes = getattr(length, "wishes", None)  # policies of other packages may have none
+    return {"drafter": drafter, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
 
 
 def load_model(config: EngineConfig, progress: bool = False, wrap: Callable[[Any], Any] = lambda ops: ops) -> tuple[Any, Any, str]:
@@ -208,7 +236,7 @@ def thread_count(config: EngineConfig) -> int:
 def _geometry(config: EngineConfig, model: Any, max_len: int) -> KVGeometry:
     from presage.models.loading import available_memory
 
-    groups, s = model.kv_groups(config.cache.block_size), config.scheduler
+    groups, s = model.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype), config.scheduler
     if config.cache.num_gpu_blocks_override is not None:
         return KVGeometry(groups=groups, num_blocks=(config.cache.num_gpu_blocks_override,) * len(groups))
     room = (

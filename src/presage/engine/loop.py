@@ -24,12 +24,18 @@ from presage.engine.kernels import DEAD, ENDED, NODES, REACHED, RECTANGLE, commi
 from presage.engine.log import NullLog
 from presage.engine.programs import Programs
 from presage.engine.receive import Receiver
+from presage.engine.speculation import SpeculationStats
 from presage.engine.staircase import advance
 from presage.engine.view import View
 from presage.schedule.fcfs import Fcfs
 
 _GRAMMAR, _EXIT, _SAMPLE = int(Flag.GRAMMAR), int(Want.EXIT), int(Want.SAMPLE)
 _QUEUED, _RUNNING = int(State.QUEUED), int(State.RUNNING)
+
+COUNTERS = (
+    "preemptions", "generated", "computed", "finished", "policy_errors", "faults", "drafts", "drafted", "accepted", "step_seconds",
+    "predicted_seconds",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -83,6 +89,7 @@ class Loop:
         self.scheduler, self.fallback, self.cutter, self.emitter = scheduler, Fcfs(), cutter, emitter
         self.table, self.requests = table, requests
         self.companions = tuple(companions) + tuple(executor.companions()) + ((drafter,) if drafter else ()) + ((masker,) if masker else ())
+        self.speculation = SpeculationStats()
         self.drafter, self.length, self.masker, self.latency = drafter, length, masker, latency
         self.log = log or NullLog()
         self.arena = Arena(config.max_num_seqs + 1, config.max_model_len + 1)
@@ -101,9 +108,7 @@ class Loop:
         self.dirty = True
         self.draining = False
         self.steps = 0
-        self.stats: dict[str, float] = dict.fromkeys(
-            ("preemptions", "generated", "computed", "finished", "policy_errors", "faults", "drafts", "drafted", "accepted", "step_seconds"), 0
-        )
+        self.stats: dict[str, float] = dict.fromkeys(COUNTERS, 0)
 
     # ---- the turn
 
@@ -326,6 +331,7 @@ class Loop:
         if self.masker is not None:
             todo |= self._finish_grammars(plan, new)
         self.stats["step_seconds"] += done.t1 - done.t0
+        self.stats["predicted_seconds"] += plan.predicted
         self.stats["generated"] += len(new.ids)
         self.stats["computed"] += int(plan.rows[-1])
         facts = Facts(plan, flight.grants, flight.draft, done, new)
@@ -378,6 +384,7 @@ class Loop:
         self.stats["drafts"] += len(spans)
         self.stats["drafted"] += int(plan.nodes.sum())
         self.stats["accepted"] += len(done.path)
+        self.speculation.add(plan, done)
 
     def _move_rows(self, slot: int, pairs: Ints) -> None:
         """Note row copies as physical slots: the blocks may belong to someone else when the next plan is bound."""

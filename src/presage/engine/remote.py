@@ -23,6 +23,7 @@ import zmq.asyncio
 from presage.core.config import EngineConfig
 from presage.core.errors import EngineDead, PresageError
 from presage.core.request import Emission, Request
+from presage.draft.settings import parse_speculative
 from presage.engine.assemble import error_of
 from presage.engine.journal import Journal
 from presage.engine.streams import until_ended
@@ -52,6 +53,7 @@ class RemoteEngine:
         self.tokenizer: Any = None
         self.model_names: list[str] = []
         self.max_model_len = self.vocab_size = 0
+        self.drafting = parse_speculative(config.speculation.speculative_config) is not None
         self.eos_ids: list[int] = []
 
     async def start(self) -> None:

@@ -24,6 +24,7 @@ from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
 from presage.core.table import Table
 from presage.core.types import Flag, Kind, Wait
+from presage.draft.settings import parse_speculative
 from presage.engine.cutter import Cutter
 from presage.engine.emitter import Emitter
 from presage.engine.log import VERSION, NullLog, decision
@@ -179,13 +180,15 @@ def _rebuild(header: dict[str, Any], names: Any, log: NullLog) -> tuple[Loop, Re
 
 def loop_config(config: EngineConfig, max_model_len: int) -> LoopConfig:
     """The loop's share of the engine configuration."""
-    s = config.scheduler
+    s, speculative = config.scheduler, parse_speculative(config.speculation.speculative_config)
     return LoopConfig(
         max_num_seqs=s.max_num_seqs,
         max_num_batched_tokens=s.max_num_batched_tokens,
         max_waiting=s.max_waiting,
         max_model_len=max_model_len,
+        max_drafts=config.speculation.max_draft_tokens if speculative else 0,
         ahead=config.executor.async_scheduling,
+        rule=speculative.rule if speculative else "keyed",
     )
 
 

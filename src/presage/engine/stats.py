@@ -38,5 +38,7 @@ class Stats:
             "spec_num_drafts": s["drafts"],
             "spec_num_draft_tokens": s["drafted"],
             "spec_num_accepted_tokens": s["accepted"],
+            "predicted_step_seconds": s["predicted_seconds"],
+            **loop.speculation.summary(),
             "log_dropped": getattr(loop.log, "dropped", 0),
         }

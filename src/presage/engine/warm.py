@@ -36,6 +36,7 @@ def warm_up(driver: WallDriver, vocab_size: int, max_len: int, show: bool) -> fl
     driver.step()
     for name in loop.stats:
         loop.stats[name] = 0
+    loop.speculation.clear()
     return time.monotonic() - began
 
 

@@ -56,9 +56,15 @@ class Fcfs:
         slots = view.ready
         tokens = self._cut(view.gap[slots], budget.tokens)
         keep = tokens > 0
-        drafts = np.minimum(view.table.ask[slots], budget.drafts) if budget.drafts else np.zeros(len(slots), np.int32)
-        slots, tokens, drafts = slots[keep], tokens[keep], drafts[keep]
+        slots, tokens = slots[keep], tokens[keep]
+        drafts = view.table.ask[slots] if budget.drafts else np.zeros(len(slots), np.int32)
+        if budget.drafts:
+            drafts = np.clip(budget.drafts - (np.cumsum(drafts) - drafts), 0, drafts).astype(np.int32)
         need = view.ledger.need(slots, view.computed[slots] + tokens + drafts)
+        if drafts.any() and np.any(need.sum(0) > view.ledger.free):
+            # Nobody is evicted for a guess.
+            drafts = np.zeros(len(slots), np.int32)
+            need = view.ledger.need(slots, view.computed[slots] + tokens)
         evict: list[int] = []
         why: list[tuple[int, int, float]] = []
         alive = np.ones(len(slots), bool)

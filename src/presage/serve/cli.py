@@ -16,6 +16,7 @@ from presage.core.config import (
     ModelConfig,
     ObservabilityConfig,
     SchedulerConfig,
+    SpeculationConfig,
     StructuredOutputsConfig,
 )
 from presage.core.errors import PresageError
@@ -26,6 +27,7 @@ Model = Annotated[ModelConfig, Flat]
 Cache = Annotated[CacheConfig, Flat]
 Scheduler = Annotated[SchedulerConfig, Flat]
 Executor = Annotated[ExecutorConfig, Flat]
+Speculation = Annotated[SpeculationConfig, Flat]
 Structured = Annotated[StructuredOutputsConfig, Flat]
 Observe = Annotated[ObservabilityConfig, Flat]
 Http = Annotated[ServerConfig, Flat]
@@ -47,7 +49,7 @@ app.register_install_completion_command()
 
 def engine_config(
     name: str, model: ModelConfig, cache: CacheConfig, scheduler: SchedulerConfig, executor: ExecutorConfig,
-    structured: StructuredOutputsConfig | None = None, observe: ObservabilityConfig | None = None,
+    structured: StructuredOutputsConfig | None = None, observe: ObservabilityConfig | None = None, speculation: SpeculationConfig | None = None,
 ) -> EngineConfig:  # fmt: skip
     """One configuration from the command line's groups; the positional model wins."""
     return EngineConfig(
@@ -55,6 +57,7 @@ def engine_config(
         cache=cache,
         scheduler=scheduler,
         executor=executor,
+        speculation=speculation or SpeculationConfig(),
         structured_outputs=structured or StructuredOutputsConfig(),
         observability=observe or ObservabilityConfig(),
     )
@@ -69,6 +72,7 @@ def serve(
     cache: Cache = CacheConfig(),
     scheduler: Scheduler = SchedulerConfig(),
     executor: Executor = ExecutorConfig(),
+    speculation: Speculation = SpeculationConfig(),
     structured: Structured = StructuredOutputsConfig(),
     observe: Observe = ObservabilityConfig(),
     http: Http = ServerConfig(),
@@ -87,7 +91,7 @@ def serve(
 
     if not http.served_model_name and model.served_model_name:
         http = http.model_copy(update={"served_model_name": model.served_model_name})
-    return serve_forever(engine_config(model_name, model, cache, scheduler, executor, structured, observe), http)
+    return serve_forever(engine_config(model_name, model, cache, scheduler, executor, structured, observe, speculation), http)
 
 
 @app.command

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from presage.core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig, StructuredOutputsConfig
+from presage.core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig, SpeculationConfig, StructuredOutputsConfig
 from presage.core.errors import ConfigError
-from presage.serve.cli import Cache, Executor, Model, Scheduler, Structured, app, engine_config
+from presage.serve.cli import Cache, Executor, Model, Scheduler, Speculation, Structured, app, engine_config
 from presage.serve.config import ServerConfig
 
 URLS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
@@ -37,6 +37,7 @@ def run_batch(
     cache: Cache = CacheConfig(),
     scheduler: Scheduler = SchedulerConfig(),
     executor: Executor = ExecutorConfig(),
+    speculation: Speculation = SpeculationConfig(),
     structured: Structured = StructuredOutputsConfig(),
 ) -> int:
     """Answer a file of requests in OpenAI's batch format.
@@ -58,7 +59,7 @@ def run_batch(
     done = finished_ids(target) if resume else set()
     if target.exists() and not resume:
         raise ConfigError(f"{target} exists; pass --resume to continue it, or remove it", param="output_file")
-    config = engine_config(model_name, model, cache, scheduler, executor, structured)
+    config = engine_config(model_name, model, cache, scheduler, executor, structured, speculation=speculation)
     return asyncio.run(_run(config, source, target, done))
 
 

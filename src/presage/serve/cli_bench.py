@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from presage.bench.config import RandomLengths, ServeBench
-from presage.core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
-from presage.serve.cli import Cache, Executor, Flat, Model, Scheduler, bench, engine_config
+from presage.core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from presage.serve.cli import Cache, Executor, Flat, Model, Scheduler, Speculation, bench, engine_config
 
 Positional = Annotated[str, Parameter(name="MODEL")]
 Lengths = Annotated[RandomLengths, Flat]
@@ -30,6 +30,7 @@ def latency(
     cache: Cache = CacheConfig(),
     scheduler: Scheduler = SchedulerConfig(),
     executor: Executor = ExecutorConfig(),
+    speculation: Speculation = SpeculationConfig(),
 ) -> int:
     """Time batches that start together, in this process.
 
@@ -49,7 +50,7 @@ def latency(
     from presage.bench.offline import latency as run
     from presage.bench.report import latency_lines
 
-    engine = TimedEngine(engine_config(model_name, model, cache, scheduler, executor))
+    engine = TimedEngine(engine_config(model_name, model, cache, scheduler, executor, speculation=speculation))
     try:
         found = run(engine, batch_size, lengths.input_len, lengths.output_len, num_iters, num_iters_warmup, lengths.seed)
     finally:
@@ -78,6 +79,7 @@ def throughput(
     cache: Cache = CacheConfig(),
     scheduler: Scheduler = SchedulerConfig(),
     executor: Executor = ExecutorConfig(),
+    speculation: Speculation = SpeculationConfig(),
 ) -> int:
     """Run many prompts at once, in this process.
 
@@ -100,7 +102,7 @@ def throughput(
 
     if dataset_name != "random":
         raise ConfigError(f"bench throughput knows the data set random, got {dataset_name!r}", param="dataset_name")
-    config: EngineConfig = engine_config(model_name, model, cache, scheduler, executor)
+    config: EngineConfig = engine_config(model_name, model, cache, scheduler, executor, speculation=speculation)
     engine = TimedEngine(config)
     sizes = num_prompts, lengths.input_len, lengths.output_len
     try:

@@ -18,6 +18,8 @@ class EngineClient(Protocol):
     model_names: list[str]
     max_model_len: int
     vocab_size: int
+    drafting: bool
+    """Is there a drafter that requests may steer?"""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -47,7 +49,8 @@ class EngineClient(Protocol):
 
         running, waiting, kv_cache_usage (0..1), free_blocks, prefix_queries, prefix_hits (tokens), preemptions, steps, step_seconds,
         predicted_step_seconds, computed_tokens, faults, policy_errors, log_dropped, spec_num_drafts, spec_num_draft_tokens,
-        spec_num_accepted_tokens, spec_num_accepted_tokens_per_pos (a list by place in the draft).
+        spec_num_accepted_tokens, spec_num_accepted_tokens_per_pos, spec_num_draft_tokens_per_pos (lists by place in the
+        draft), spec_num_accepted_tokens_by_method, spec_num_draft_tokens_by_method (counts by drafter).
         """
 
 

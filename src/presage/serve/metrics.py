@@ -114,6 +114,11 @@ class _EngineCollector(Collector):
         for place, count in enumerate(stats.get("spec_num_accepted_tokens_per_pos", ())):
             places.add_metric([self._model, str(place)], float(count))
         yield places
+        for what, text in (("draft", "Draft tokens verified, by drafter."), ("accepted", "Accepted draft tokens, by drafter.")):
+            family = CounterMetricFamily(PREFIX + f"spec_decode_num_{what}_tokens_by_method", text, labels=["model_name", "method"])
+            for method, count in stats.get(f"spec_num_{what}_tokens_by_method", {}).items():
+                family.add_metric([self._model, method], float(count))
+            yield family
 
 
 class _Renamed(Collector):

@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from presage.core.errors import RequestError
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
+from presage.draft.length.wishes import cap_of
 from presage.serve.auth import salt_of
 from presage.serve.front import front_of, tenant_of
 from presage.serve.generate import Generation, ids_array
@@ -28,8 +29,9 @@ def new_id(prefix: str) -> str:
 def engine_request(http: HttpRequest, body: SamplingBody, name: str, model: str, prompt: Sequence[int], sampling: SamplingParams) -> Request:
     """One request for the engine; deadlines count from the arrival of the body."""
     now, tenant = http.state.arrived, tenant_of(http)
-    if body.draft and body.draft.get("method", "none") != "none":
+    if body.draft and body.draft.get("method", "none") != "none" and not front_of(http).client.drafting:
         raise RequestError("this server was started without a drafter", param="draft")
+    cap_of(body.draft)
     first, each, end = deadlines(body.slo, now)
     return Request(
         id=name,

@@ -13,8 +13,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -39,8 +40,8 @@ class PackStore:
     def __init__(self, path: Path) -> None:
         self.path, self.arena, self.hits = path, Arena(), 0
         self._new = path.with_name(f"{path.name}.{os.getpid()}.new")
-        self._file: IO[bytes] | None = None
-        self._out: IO[bytes] | None = None
+        self._file: BufferedReader | None = None
+        self._out: BufferedWriter | None = None
         self._index: Index = []
         self._taken = 0
         self._open()
@@ -100,10 +101,13 @@ class PackStore:
             return None
         entry = self._index[self._taken] if self._taken < len(self._index) else {}
         if entry.get("shape") != [*shape, gated]:
-            return self._distrust()
+            self._distrust()
+            return None
         data = self.arena.take(entry["nbytes"])
-        if self._file.readinto(data.numpy()) != len(data) or zlib.crc32(data.numpy()) != entry["crc"]:  # type: ignore[attr-defined]
-            return self._distrust()
+        raw = data.numpy().data
+        if self._file.readinto(raw) != len(raw) or zlib.crc32(raw) != entry["crc"]:
+            self._distrust()
+            return None
         self.hits += 1
         typed = data.view(getattr(torch, entry["dtype"])).view(entry["sizes"])
         return PackedLinear(typed, shape[0], shape[1], layout(entry["fmt"]), gated, entry["scales_at"])
@@ -117,7 +121,7 @@ class PackStore:
     def _write(self, packed: PackedLinear) -> None:
         if self._out is None:
             return
-        raw = packed.data.reshape(-1).view(torch.uint8).numpy()
+        raw = packed.data.reshape(-1).view(torch.uint8).numpy().data
         entry = {
             "shape": [packed.n, packed.k, packed.gated], "fmt": packed.fmt, "scales_at": packed.scales_at, "nbytes": raw.nbytes,
             "dtype": str(packed.data.dtype).removeprefix("torch."), "sizes": list(packed.data.shape), "crc": zlib.crc32(raw),
@@ -165,9 +169,9 @@ def code_stamp() -> str:
     from presage.kernels.cpu import pack_int, pack_x12, quantise
     from presage.quantize import canonical, planned, rtn, schemes
 
-    sources = {Path(m.__file__) for m in (canonical, planned, rtn, schemes) if m.__file__}
+    sources = {Path(str(m.__file__)) for m in (canonical, planned, rtn, schemes)}
     for module in (pack_int, pack_x12, quantise):
-        sources |= sources_of(Path(module.__file__))
+        sources |= sources_of(Path(str(module.__file__)))
     return f"{current_isa().numerics}-{sources_stamp(sources)}"
 
 

@@ -1,0 +1,72 @@
+"""Drafters by name, imported when asked for; other packages add theirs through entry points of group ``presage.drafters``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from presage.core.errors import ConfigError
+from presage.core.protocols import Drafter
+
+GROUP = "presage.drafters"
+DRAFTERS = {
+    "suffix": "presage.draft.suffix:SuffixDrafter",
+    "ngram": "presage.draft.ngram:NgramDrafter",
+    "lookahead": "presage.draft.lookahead:LookaheadDrafter",
+    "model": "presage.draft.model:ModelDrafter",
+    "early_exit": "presage.draft.early_exit:EarlyExitDrafter",
+    "hybrid": "presage.draft.hybrid:HybridDrafter",
+}
+ALIASES = {"[ngram]": "ngram", "draft_model": "model"}  # vLLM's spellings
+
+
+def names() -> tuple[str, ...]:
+    """Methods that ``make_drafter`` knows, plug-ins included."""
+    return tuple(sorted(set(DRAFTERS) | {e.name for e in entry_points(group=GROUP)}))
+
+
+def make_drafter(method: str, config: Mapping[str, Any] | None = None, **context: Any) -> Drafter:
+    """The drafter of that name, made with the settings of ``config`` (its keyword arguments, vLLM's names where the meaning is the same).
+
+    ``context``: what the engine can offer (a model, the vocabulary's size, ...); each drafter takes what its constructor names. A hybrid's
+    ``drafters`` is a list of such configurations, each with its ``method``. Raises ConfigError for unknown methods and settings.
+    """
+    settings = {k: v for k, v in (config or {}).items() if k != "method"}
+    kind = _kind(ALIASES.get(method, method))
+    if "drafters" in settings:
+        settings["drafters"] = [_part(part, context) for part in settings["drafters"]]
+    takes = inspect.signature(kind).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    unknown = [] if anything else sorted(set(settings) - set(takes))
+    if unknown:
+        known = ", ".join(name for name in takes if name not in context)
+        raise ConfigError(f"drafter {method!r} has no setting {', '.join(unknown)}; known: {known}", param=unknown[0])
+    settings |= {k: v for k, v in context.items() if k in takes and k not in settings}
+    missing = [n for n, p in takes.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in settings]
+    if missing:
+        raise ConfigError(f"drafter {method!r} needs {', '.join(missing)}", param=missing[0])
+    drafter: Drafter = kind(**settings)
+    return drafter
+
+
+def _part(part: Mapping[str, Any], context: Mapping[str, Any]) -> Drafter:
+    if not isinstance(part, Mapping) or "method" not in part:
+        raise ConfigError(f"a drafter of a hybrid needs a method; known: {', '.join(names())}", param="method")
+    return make_drafter(part["method"], part, **context)
+
+
+def _kind(method: str) -> Any:
+    """The class or factory of a method. Its module is imported here, so an unused drafter costs nothing."""
+    where = DRAFTERS | {e.name: e.value for e in entry_points(group=GROUP) if e.name not in DRAFTERS}
+    if method not in where:
+        raise ConfigError(f"unknown drafter {method!r}; known: {', '.join(names())}", param="method")
+    module, _, name = where[method].partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ConfigError(f"drafter {method!r} is not part of this installation ({module})", param="method") from None

@@ -1,0 +1,270 @@
+"""SuffixDecoding (Oliaro et al., 2024): continue what followed the longest matches in the request's own text and in other responses.
+
+``suffix_tree`` counts, ``suffix_draft`` drafts, ``suffix_library`` remembers responses, ``suffix_store`` keeps them on disk. This is the
+drafter: one own tree per slot over prompt and response, one shared tree of responses per (model, adapter, tenant, salt).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from presage.core.errors import ConfigError
+from presage.core.plan import Draft, NewIds
+from presage.core.protocols import EngineView
+from presage.core.request import Request
+from presage.core.types import Ints, Longs, Singles
+from presage.draft import suffix_store
+from presage.draft import suffix_tree as k
+from presage.draft.host import HostDrafter
+from presage.draft.sources import sources
+from presage.draft.suffix_draft import (
+    CURSOR,
+    FRONTIER,
+    GCURSOR,
+    GOWNER,
+    GROOT,
+    KNOBS,
+    REACH,
+    REALS,
+    ROOT,
+    ROWS,
+    SEAT,
+    SEEN,
+    STORED,
+    WIDTH,
+    index_many,
+    judge_many,
+    speculate_many,
+)
+from presage.draft.suffix_forest import Forest
+from presage.draft.suffix_library import Key, Library
+
+_KNOBS = ("suffix_decoding_max_spec_factor", "suffix_decoding_max_spec_offset", "suffix_decoding_min_token_prob", "suffix_decoding_tree")
+
+
+class SuffixDrafter(HostDrafter):
+    """Drafts by suffix matching; one call for the whole batch. Settings have vLLM's names and defaults where it has them.
+
+    ``num_speculative_tokens``: cap of a draft. ``..._max_spec_factor`` a and ``..._offset`` b: a match of m ids drafts up to a m + b.
+    ``..._min_token_prob``: no node below it. ``..._tree``: trees instead of chains. ``..._max_tree_depth``: match and draft together.
+    ``..._max_cached_requests`` / ``..._tokens``: what other responses are remembered (-1: all, 0 requests: none), ``..._eviction``: "fifo"
+    or "lru". A request may override factor, offset, probability and tree in its ``draft``. Raises ConfigError for values out of range.
+    """
+
+    source = "suffix"
+
+    def __init__(
+        self,
+        num_speculative_tokens: int = 16,
+        suffix_decoding_max_tree_depth: int = 24,
+        suffix_decoding_max_cached_requests: int = 10000,
+        suffix_decoding_max_cached_tokens: int = -1,
+        suffix_decoding_eviction: str = "fifo",
+        suffix_decoding_max_spec_factor: float = 1.0,
+        suffix_decoding_max_spec_offset: float = 0.0,
+        suffix_decoding_min_token_prob: float = 0.1,
+        suffix_decoding_tree: bool = False,
+    ) -> None:
+        super().__init__(num_speculative_tokens)
+        if num_speculative_tokens > WIDTH:
+            raise ConfigError(f"num_speculative_tokens must be at most {WIDTH}, not {num_speculative_tokens}", param="num_speculative_tokens")
+        self.forest = Forest(suffix_decoding_max_tree_depth)
+        self.library = Library(
+            self.forest, suffix_decoding_max_cached_requests, suffix_decoding_max_cached_tokens, suffix_decoding_eviction
+        )  # fmt: skip
+        self.defaults = dict(
+            zip(_KNOBS, (suffix_decoding_max_spec_factor, suffix_decoding_max_spec_offset, suffix_decoding_min_token_prob, suffix_decoding_tree))
+        )
+        self._knobs_of({})
+        self.seat: Longs = np.zeros((8, SEAT), np.int64)
+        self.knobs: Singles = np.zeros((8, KNOBS), np.float32)
+        self.last: Ints = np.zeros((8, 3, num_speculative_tokens), np.int32)
+        self.scratch = _Scratch()
+        self._keys: dict[int, Key] = {}
+        self._doomed: list[tuple[int, Ints]] = []
+
+    # ---- companion
+
+    def open(self, slot: int, req: Request) -> None:
+        """A request took the slot. Its prompt is indexed by quota, its response is remembered unless it opted out."""
+        super().open(slot, req)
+        self.knobs[slot] = self._knobs_of(req.draft or {})
+        root, seat = self.forest.root(), self.seat[slot]
+        seat[:] = 0
+        seat[[ROOT, CURSOR, REACH]] = root, root, self.forest.depth
+        if self.library.max_requests and self.cap[slot]:
+            key: Key = (req.model, req.adapter or "", req.tenant, req.salt.hex())
+            owner, groot = self.library.begin(key, slot), self.library.root(key)
+            self._keys[slot] = key
+            seat[[GROOT, GCURSOR, GOWNER]] = groot, groot, owner
+            self._make_room(owner)
+
+    def advance(self, new: NewIds) -> None:
+        """Take in committed ids, after noting which drafts they confirm."""
+        if self.library.lru:
+            for owner in judge_many(self.last, new.slot, new.off, new.ids).tolist():
+                self.library.touch(owner)
+        super().advance(new)
+        self._tidy()
+
+    # ---- drafter
+
+    def hint(self, view: EngineView) -> Ints:
+        """Most nodes [C] each slot could get: its longest match when it was last looked up can only have grown by the ids since."""
+        out = np.zeros(len(view.known), np.int32)
+        m = min(len(out), len(self.cap))
+        seat, knobs = self.seat[:m], self.knobs[:m]
+        reach = np.minimum(seat[:, REACH] + view.known[:m] - seat[:, SEEN], self.forest.depth - 1)
+        out[:m] = np.clip(np.floor(reach * knobs[:, 0] + knobs[:, 1] + 1e-6), 0, self.cap[:m])
+        return out
+
+    def draft(self, slots: Ints, budget: Ints) -> Draft:
+        """At most ``budget`` [G] nodes for each of ``slots`` [G], with the estimated probability that each is accepted."""
+        draft, _ = self.speculate(slots, budget)
+        return draft
+
+    def speculate(self, slots: Ints, budget: Ints) -> tuple[Draft, Singles]:
+        """``draft`` and, per grant, (match length, 1 own / 2 shared tree / 0 none, sum of probabilities) as float32 [G, 3]."""
+        g = len(slots)
+        nodes, prob = self.scratch.nodes(int(budget.sum()))
+        offset, info = np.empty(g + 1, np.int32), np.empty((g, 3), np.float32)
+        n = speculate_many(
+            *self.forest.pools, self.tokens.data, self.start, self.length, self.done, self.seat, self.knobs, self.last, slots, budget,
+            self.scratch.ints, self.scratch.reals, offset, nodes, prob, info,
+        )  # fmt: skip
+        token, parent, depth = nodes[:, :n].copy()
+        return Draft(offset, token, parent, depth, prob[:n].copy(), sources(n, self.source)), info
+
+    # ---- memory
+
+    def store(self, path: str | Path, fingerprint: str) -> int:
+        """Write the complete responses to a file; returns how many. ``fingerprint`` says what model and tokenizer the ids belong to."""
+        done = [(e.key, e.ids) for e in self.library.entries.values() if e.slot < 0]
+        suffix_store.write(Path(path), done, fingerprint)
+        return len(done)
+
+    def restore(self, path: str | Path, fingerprint: str) -> int:
+        """Add the responses of a file to those remembered; returns how many. Raises CheckpointError for a damaged or foreign file."""
+        return self._learn(suffix_store.read(Path(path), fingerprint))
+
+    def warm_up(self, path: str | Path, encode: Callable[[str], list[int]] | None = None) -> int:
+        """Learn from a JSONL of past outputs (``suffix_store.past_outputs``); returns how many were stored."""
+        return self._learn(list(suffix_store.past_outputs(Path(path), encode)))
+
+    def stats(self) -> dict[str, float]:
+        """Responses and ids remembered, states and edges live, bytes per id stored in any tree (ids included)."""
+        held = self.library.tokens + int(self.done.sum() + self.seat[:, STORED].sum())
+        size = self.forest.nbytes() + 4 * held
+        return {
+            "responses": len(self.library.entries),
+            "tokens": self.library.tokens,
+            "states": int(self.forest.ctl[k.STATES]),
+            "edges": int(self.forest.ctl[k.EDGES]),
+            "bytes_per_token": size / max(1, held),
+        }
+
+    # ---- inside
+
+    def _index(self, slots: Ints, upto: Ints) -> None:
+        while not index_many(*self.forest.pools, self.tokens.data, self.start, self.prompt, self.done, self.seat, slots, upto):
+            self.forest.grow()
+
+    def _forget(self, slot: int, known: int) -> None:
+        seat, n = self.seat[slot], int(self.done[slot])
+        if known < n:
+            seat[CURSOR] = self.forest.remove(int(seat[ROOT]), self._ids(slot, n), known)
+            self.done[slot] = known
+        out = max(0, known - int(self.prompt[slot]))
+        if seat[GCURSOR] > 0 and out < seat[STORED]:
+            seat[GCURSOR] = self.forest.remove(int(seat[GROOT]), self._response(slot), out)
+            seat[STORED] = out
+        seat[[REACH, SEEN]] = self.forest.depth, 0
+
+    def _drop(self, slot: int) -> None:
+        seat = self.seat[slot]
+        if seat[GCURSOR] > 0:
+            owner, ids = int(seat[GOWNER]), self._ids(slot, int(self.length[slot]))[int(self.prompt[slot]) :].copy()
+            self.forest.extend(int(seat[GROOT]), seat[GCURSOR : GCURSOR + 1], [ids[int(seat[STORED]) :]], np.array([owner], np.int32))
+            self.library.finish(owner, ids)
+            self._make_room(owner)
+        if seat[ROOT]:
+            self._doomed.append((int(seat[ROOT]), self._ids(slot, int(self.done[slot])).copy()))
+        seat[:] = 0
+        self.last[slot, 1, 0] = -2
+        self._keys.pop(slot, None)
+
+    def _ids(self, slot: int, n: int) -> Ints:
+        a = int(self.start[slot])
+        return self.tokens.data[a : a + n]
+
+    def _response(self, slot: int) -> Ints:
+        """The part of a running response that is in the shared tree."""
+        p = int(self.prompt[slot])
+        return self._ids(slot, p + int(self.seat[slot, STORED]))[p:]
+
+    def _make_room(self, spare: int) -> None:
+        while (owner := self.library.victim(spare)) >= 0:
+            slot = self.library.entries[owner].slot
+            self.library.evict(owner, self.library.entries[owner].ids if slot < 0 else self._response(slot))
+            if slot >= 0:
+                self.seat[slot, [GCURSOR, STORED]] = 0
+
+    def _tidy(self) -> None:
+        """Own trees of finished requests go by quota, newest ids first; pools that hold too many unmerged states are rebuilt."""
+        left = self.quota
+        while self._doomed and left > 0:
+            root, ids = self._doomed.pop()
+            keep = max(0, len(ids) - left)
+            self.forest.remove(root, ids, keep)
+            left -= len(ids) - keep
+            if keep:
+                self._doomed.append((root, ids[:keep]))
+            else:
+                self.forest.drop_root(root)
+        held = self.library.tokens + int(self.done.sum() + self.seat[:, STORED].sum())
+        if self.forest.ctl[k.STATES] > 2 * held + 65536 and not self._doomed:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        self.forest.clear()
+        self.library.rebuild()
+        for slot in np.flatnonzero(self.seat[:, ROOT]).tolist():
+            seat, upto = self.seat[slot], self.done[slot : slot + 1].copy()
+            seat[[ROOT, CURSOR]] = self.forest.root()
+            if slot in self._keys:
+                seat[GROOT] = self.library.root(self._keys[slot])
+                seat[[GCURSOR, STORED]] = seat[GROOT] if seat[GCURSOR] else 0, 0
+            self.done[slot] = 0
+            self._index(np.array([slot], np.int32), upto)
+
+    def _learn(self, sequences: list[tuple[Key, Ints]]) -> int:
+        return self.library.add(sequences) if self.library.max_requests else 0
+
+    def _knobs_of(self, asked: dict[str, Any]) -> tuple[float, float, float, float]:
+        factor, offset, floor, tree = (float(asked.get(name, self.defaults[name])) for name in _KNOBS)
+        if not (math.isfinite(factor) and factor >= 0 and math.isfinite(offset) and 0 <= floor <= 1):
+            raise ConfigError(
+                f"need a finite factor >= 0 ({factor}), a finite offset ({offset}) and 0 <= min_token_prob <= 1 ({floor})", param=_KNOBS[0]
+            )
+        return factor, offset, floor, tree
+
+
+class _Scratch:
+    """Arrays that kernels write to, kept between calls."""
+
+    def __init__(self) -> None:
+        self.ints: Ints = np.empty((ROWS, 2 * FRONTIER), np.int32)
+        self.reals: Singles = np.empty((REALS, 2 * FRONTIER), np.float32)
+        self._nodes: Ints = np.empty((3, 1024), np.int32)
+        self._prob: Singles = np.empty(1024, np.float32)
+
+    def nodes(self, n: int) -> tuple[Ints, Singles]:
+        """Room for ``n`` nodes: ids, parents, depths; probabilities."""
+        if n > len(self._prob):
+            self._nodes, self._prob = np.empty((3, 2 * n), np.int32), np.empty(2 * n, np.float32)
+        return self._nodes, self._prob
