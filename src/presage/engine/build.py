@@ -81,8 +81,13 @@ class Engine:
         self.grammar.close()
 
 
-def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = time.monotonic, progress: bool = False) -> Engine:
-    """Load the model and wire the loop; emissions go to ``sink``. Raises the typed errors of loading and configuration."""
+def build_engine(
+    config: EngineConfig, sink: Sink, clock: Callable[[], float] = time.monotonic, progress: bool = False, sampler: Callable[..., Any] | None = None
+) -> Engine:
+    """Load the model and wire the loop; emissions go to ``sink``. ``sampler``: a class to use instead of ``Sampler``.
+
+    Raises the typed errors of loading and configuration.
+    """
     import torch
 
     from presage.execute.executor import TorchExecutor
@@ -98,11 +103,11 @@ def build_engine(config: EngineConfig, sink: Sink, clock: Callable[[], float] = 
     m = config.model
     tokenizer = Tokenizer.load(m.tokenizer or checkpoint, m.revision if m.tokenizer else None, m.chat_template)
     eos = sorted(tokenizer.eos_ids)
-    sampler = Sampler(model.vocab_size, eos, config.model.seed)
+    judge = (sampler or Sampler)(model.vocab_size, eos, config.model.seed)
     executor = TorchExecutor(
         model,
         geometry,
-        sampler,
+        judge,
         pooling="mean" if config.model.pooling == "mean" else "last",
         depth=1,
         kv_cache_dtype=config.cache.kv_cache_dtype,
