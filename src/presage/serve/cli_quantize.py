@@ -45,7 +45,7 @@ def quantize_command(
     output:
         New folder for the quantised checkpoint.
     scheme:
-        w4a8, w8a8, w4a16 or w8a16; after 4-bit ones -g32, -g64 or -g128 sets the group and -z adds zero points.
+        w4a8, w8a8, w4a16 or w8a16; after 4-bit ones -g32, -g64 or -g128 sets the group, -z adds zero points.
     calibrate:
         Text file, or JSON lines with a text or a conversation in each row; like what the model will be used for. Only rtn does without.
     method:
@@ -57,7 +57,7 @@ def quantize_command(
     bits:
         Average bits of the layers' weights, scales included, up to which the most sensitive linears are kept in 8 bits; 0 = none is.
     head:
-        Quantise the LM head too, to 8 bits.
+        Quantise the LM head too, to 8 bits (4 with -h4 after the scheme).
     damp:
         What gptq adds to the diagonal of the second moments, as a part of their mean.
     act_order:
@@ -65,6 +65,9 @@ def quantize_command(
     alpha:
         How much of the inputs' range smoothquant moves into the weights, 0 to 1.
     """
+    from presage.kernels.cpu.environment import prepare_environment
+
+    prepare_environment()
     from presage.quantize.calibrate import Settings
     from presage.quantize.calibrate import calibrate as run
 
