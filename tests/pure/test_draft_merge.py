@@ -22,7 +22,7 @@ from presage.draft.registry import make_drafter
 from presage.draft.sources import SOURCES, code_of
 from presage.engine.null import NullExecutor, null_geometry
 from presage.verify.kit import draft_of, plan_of
-from presage.verify.multi_step import MultiStep
+from presage.verify.rejection import Rejection
 from tests.pure.branches import Branches, Trials, all_drafts, distance
 from tests.pure.drafts import check, committed, grants, own, paths, request
 from tests.pure.loops import Bench
@@ -112,7 +112,7 @@ def test_merged_and_cut_drafts_stay_exact_under_rejection(budget: int) -> None:
         w = world(seed + 30)
         drafts = sampled_and_points(seed, budget)
         assert all(len(d) <= budget for _, d in drafts)
-        assert distance(w.law(MultiStep(), drafts, 3), w.target_law(3)) < 1e-12
+        assert distance(w.law(Rejection(), drafts, 3), w.target_law(3)) < 1e-12
 
 
 class Passes:
@@ -241,7 +241,9 @@ def test_the_loop_gives_the_same_ids_with_a_hybrid(combine: str) -> None:
 def test_make_drafter_by_name() -> None:
     assert make_drafter("ngram", {"num_speculative_tokens": 3, "prompt_lookup_max": 4}).high == 4
     assert isinstance(make_drafter("[ngram]", {"method": "[ngram]"}, vocab_size=10), NgramDrafter)
-    hybrid = make_drafter("hybrid", {"drafters": [{"method": "ngram"}, {"method": "lookahead", "branch_length": 3}], "tau": 2.0})
+    parts = ["ngram", {"method": "lookahead", "branch_length": 3, "num_speculative_tokens": 20}]
+    hybrid = make_drafter("hybrid", {"drafters": parts, "tau": 2.0, "num_speculative_tokens": 5})
+    assert [d.num_speculative_tokens for d in hybrid.drafters] == [5, 20]
     assert isinstance(hybrid.drafters[1], LookaheadDrafter) and hybrid.drafters[1].branch_length == 3 and hybrid.host
     assert {"suffix", "ngram", "lookahead", "model", "early_exit", "hybrid"} <= set(registry.names())
     assert {"suffix", "ngram", "lookahead", "model", "early_exit"} <= set(SOURCES)

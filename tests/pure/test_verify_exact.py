@@ -16,7 +16,7 @@ from presage.verify.bild import Bild, confidence
 from presage.verify.block import Block
 from presage.verify.keyed import Keyed
 from presage.verify.kit import draft_of, plan_of, random_target, random_trees, target_rows
-from presage.verify.multi_step import MultiStep
+from presage.verify.rejection import Rejection
 from presage.verify.typical import Typical
 from presage.verify.without_replacement import WithoutReplacement, taken_out
 from tests.pure.branches import Branches, Trials, World, all_drafts, distance
@@ -74,8 +74,8 @@ def tree(seed: int, widths: tuple[int, ...], replace: bool):
 
 
 CASES = {
-    "multi_step chain": (MultiStep(), lambda s: chain(s, 3)),
-    "multi_step tree": (MultiStep(), lambda s: tree(s, (2, 1), True)),
+    "rejection chain": (Rejection(), lambda s: chain(s, 3)),
+    "rejection tree": (Rejection(), lambda s: tree(s, (2, 1), True)),
     "without_replacement tree": (WithoutReplacement(), lambda s: tree(s, (2, 2), False)),
     "without_replacement all": (WithoutReplacement(), lambda s: tree(s, (3,), False)),
     "block chain": (Block(), lambda s: chain(s, 3)),
@@ -103,14 +103,14 @@ def test_negative_controls_are_caught() -> None:
     chosen = Trials()
     for token in (0, 1):
         chosen.add(token, -1, chosen.row(q))
-    assert distance(w.law(MultiStep(), [(1.0, chosen.draft())], 2), w.target_law(2)) > 0.01
+    assert distance(w.law(Rejection(), [(1.0, chosen.draft())], 2), w.target_law(2)) > 0.01
     # Where the target exceeds q in one place only the wrong q does no harm, hence several.
-    assert max(distance(w.law(MultiStep(), all_drafts(tree(s, (2,), False)), 1), w.target_law(1)) for s in range(6)) > 0.01
+    assert max(distance(w.law(Rejection(), all_drafts(tree(s, (2,), False)), 1), w.target_law(1)) for s in range(6)) > 0.01
     dropped = [(p, keep_nodes(d, d.token != 0, np.ones(1, bool))) for p, d in all_drafts(chain(1, 1))]
-    assert distance(w.law(MultiStep(), dropped, 1), w.target_law(1)) > 0.01
+    assert distance(w.law(Rejection(), dropped, 1), w.target_law(1)) > 0.01
 
 
-@pytest.mark.parametrize("case", ["multi_step chain", "multi_step tree", "without_replacement tree", "without_replacement all", "block chain"])
+@pytest.mark.parametrize("case", ["rejection chain", "rejection tree", "without_replacement tree", "without_replacement all", "block chain"])
 def test_drafts_pruned_by_a_grammar_stay_exact(case: str) -> None:
     """What a mask rules out is dropped from the draft for what it is, like a grammar does: ids 0 everywhere, 1 after a 2."""
     rule, make = CASES[case]
@@ -132,13 +132,13 @@ def test_order_of_acceptance() -> None:
     for seed in range(12):
         w = world(seed)
         chains = all_drafts(chain(seed, 3))
-        gains.append(w.accepted(Block(), chains) - w.accepted(MultiStep(), chains))
+        gains.append(w.accepted(Block(), chains) - w.accepted(Rejection(), chains))
     assert min(gains) > -1e-12 and max(gains) > 0.01
     gains = []
     for seed in range(12):
         w = world(seed, temperature=0.5)
         gains.append(
-            w.accepted(WithoutReplacement(), all_drafts(tree(seed, (2,), False))) - w.accepted(MultiStep(), all_drafts(tree(seed, (2,), True)))
+            w.accepted(WithoutReplacement(), all_drafts(tree(seed, (2,), False))) - w.accepted(Rejection(), all_drafts(tree(seed, (2,), True)))
         )
     assert min(gains) > -1e-12 and max(gains) > 0.01
 
@@ -192,7 +192,7 @@ def judged(rule: Any, make: Any, w: World, **params: Any) -> list[tuple[int, ...
     return [tuple(verdict.ids[a:b].tolist()) for a, b in zip(verdict.off[:-1].tolist(), verdict.off[1:].tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("case", ["multi_step tree", "without_replacement tree", "block chain"])
+@pytest.mark.parametrize("case", ["rejection tree", "without_replacement tree", "block chain"])
 def test_long_runs_follow_the_target(case: str) -> None:
     rule, make = CASES[case]
     params = {"temperature": 0.8}
@@ -291,7 +291,7 @@ def test_bild_falls_back_and_rolls_back() -> None:
 
 
 def test_rules_drop_spans_that_cannot_be_decided() -> None:
-    for rule in (MultiStep(), WithoutReplacement(), Block(), Typical(), Bild(0.0)):
+    for rule in (Rejection(), WithoutReplacement(), Block(), Typical(), Bild(0.0)):
         sampler = Sampler(4, [0])
         for s in range(2):
             sampler.open(s, Request(id=str(s), prompt=np.array([1], np.int32), sampling=SamplingParams(max_tokens=9)))

@@ -16,9 +16,11 @@ def keep_nodes(draft: Draft, node: np.ndarray, grant: np.ndarray) -> Draft:
     owner = np.repeat(np.arange(len(counts)), counts)
     keep = node & grant[owner] if len(owner) else node
     first = draft.offset[:-1]
-    for i in np.flatnonzero(keep & (draft.parent >= 0)).tolist():
-        # Parents come first, so one pass in order settles whole subtrees.
-        keep[i] = keep[first[owner[i]] + draft.parent[i]]
+    inner = np.flatnonzero(keep & (draft.parent >= 0))
+    above = first[owner[inner]] + draft.parent[inner]
+    # A round settles one level; cuts are nearly always prefix-closed already.
+    while (lost := keep[inner] & ~keep[above]).any():
+        keep[inner[lost]] = False
     place = np.cumsum(keep) - 1
     kept = np.bincount(owner[keep], minlength=len(counts)) if len(owner) else np.zeros(len(counts), np.int64)
     offset = np.concatenate([[0], np.cumsum(kept[grant])]).astype(np.int32)

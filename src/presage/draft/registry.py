@@ -32,12 +32,14 @@ def make_drafter(method: str, config: Mapping[str, Any] | None = None, **context
     """The drafter of that name, made with the settings of ``config`` (its keyword arguments, vLLM's names where the meaning is the same).
 
     ``context``: what the engine can offer (a model, the vocabulary's size, ...); each drafter takes what its constructor names. A hybrid's
-    ``drafters`` is a list of such configurations, each with its ``method``. Raises ConfigError for unknown methods and settings.
+    ``drafters`` is a list of methods, or of such configurations with their ``method``; its ``num_speculative_tokens`` is every part's that
+    has none. Raises ConfigError for unknown methods and settings.
     """
     settings = {k: v for k, v in (config or {}).items() if k != "method"}
     kind = _kind(ALIASES.get(method, method))
     if "drafters" in settings:
-        settings["drafters"] = [_part(part, context) for part in settings["drafters"]]
+        common = {k: settings.pop(k) for k in ("num_speculative_tokens",) if k in settings}
+        settings["drafters"] = [_part(part, common, context) for part in settings["drafters"]]
     takes = inspect.signature(kind).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     unknown = [] if anything else sorted(set(settings) - set(takes))
@@ -52,10 +54,12 @@ def make_drafter(method: str, config: Mapping[str, Any] | None = None, **context
     return drafter
 
 
-def _part(part: Mapping[str, Any], context: Mapping[str, Any]) -> Drafter:
-    if not isinstance(part, Mapping) or "method" not in part:
+def _part(part: str | Mapping[str, Any], common: Mapping[str, Any], context: Mapping[str, Any]) -> Drafter:
+    """A drafter of a hybrid, ``common`` settings where it has none of its own."""
+    own = {"method": part} if isinstance(part, str) else part
+    if not isinstance(own, Mapping) or "method" not in own:
         raise ConfigError(f"a drafter of a hybrid needs a method; known: {', '.join(names())}", param="method")
-    return make_drafter(part["method"], part, **context)
+    return make_drafter(own["method"], {**common, **own}, **context)
 
 
 def _kind(method: str) -> Any:

@@ -13,13 +13,12 @@ import numpy as np
 from presage.core.plan import Draft, Verdict
 from presage.core.types import Floats
 from presage.execute.sampling.noise import RESIDUAL
-from presage.verify.multi_step import MultiStep, Trial, allowed
-from presage.verify.rejection import _trials
+from presage.verify.rejection import Rejection, Trial, _trials, allowed
 from presage.verify.walk import verdict_of
 
 
-class Block(MultiStep):
-    """Implements ``core.protocols.AcceptanceRule`` for chains of sampled and point-mass drafts; trees are judged as by ``multi_step``."""
+class Block(Rejection):
+    """Implements ``core.protocols.AcceptanceRule`` for chains of sampled and point-mass drafts; trees are judged as by ``rejection``."""
 
     def judge(self, rows: Any, draft: Draft, noise: Any) -> Verdict:
         """``rows``: execute.sampling.Rows, ``noise``: execute.sampling.Noise."""

@@ -7,6 +7,7 @@ exact as long as each was drawn on its own from its q. Exact in distribution, bu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from presage.core.plan import Draft, Verdict
 from presage.core.types import Floats
 from presage.execute.sampling.noise import RESIDUAL
 from presage.verify.walk import verdict_of
+
+Trial = tuple[int, int, int]
+"""(child node, token, row of q or -1)."""
 
 
 def accept_probability(p: Floats, x: int, q: Floats | None) -> float:
@@ -63,7 +67,7 @@ class Rejection:
         return verdict_of(len(rows.slot), paths, ids)
 
     def _decide(
-        self, rows: Any, noise: Any, span: int, node: int, trials: list[tuple[int, int, int]], q: Floats | None
+        self, rows: Any, noise: Any, span: int, node: int, trials: list[Trial], q: Floats | None
     ) -> tuple[int, int | None]:
         """The token after ``node`` and the accepted child that holds it, None if it is a correction or a bonus."""
         here = np.array([span], np.int32), np.array([node], np.int32)
@@ -73,12 +77,28 @@ class Rejection:
         if span in rows.failed:
             return -1, None
         depth = int(rows.depth(*here)[0])
-        for i, (child, token, row) in enumerate(trials):
-            proposal = None if row < 0 or q is None else q[row]
+        for i, (child, token, proposal) in enumerate(self._proposals(trials, p, q)):
             if noise.uniform(span, depth, index=i) < accept_probability(p, token, proposal):
                 return token, child
             p = residual(p, token, proposal)
         return noise.choose(p, span, depth, RESIDUAL), None
+
+    def _proposals(self, trials: list[Trial], p: Floats, q: Floats | None) -> Iterator[tuple[int, int, Floats | None]]:
+        """(child, token, what the token was drawn from or None for a point mass) of the trials that the target ``p`` allows.
+
+        A grammar prunes sampled children for what they are, which would bias the ratio test. It stays exact because each proposal is taken as
+        what it is then: a draw from q restricted to ids that the target allows, made or not by a coin that does not depend on it.
+        """
+        for child, token, row in trials:
+            if p[token] > 0:
+                yield child, token, None if row < 0 or q is None else allowed(q[row], p)
+
+
+def allowed(q: Floats, p: Floats) -> Floats:
+    """The proposal ``q`` [V] given that the target ``p`` [V] allows what was drawn; all 0 if it allows none."""
+    some = np.where(p > 0, q, 0.0)
+    total = float(some.sum())
+    return some / total if total > 0 else some
 
 
 def _trials(draft: Draft) -> dict[tuple[int, int], list[tuple[int, int, int]]]:

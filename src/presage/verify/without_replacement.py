@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from presage.core.types import Floats
-from presage.verify.multi_step import MultiStep, Trial, allowed
+from presage.verify.rejection import Rejection, Trial, allowed
 
 
 def taken_out(q: Floats, tried: list[int]) -> Floats:
@@ -26,8 +26,8 @@ def taken_out(q: Floats, tried: list[int]) -> Floats:
     return left / max(float(left.sum()), 1.0e-300)
 
 
-class WithoutReplacement(MultiStep):
-    """As ``multi_step``, with ``trial_q`` naming the row of ``draft.q`` that a node's children were drawn from one after the other.
+class WithoutReplacement(Rejection):
+    """As ``rejection``, with ``trial_q`` naming the row of ``draft.q`` that a node's children were drawn from one after the other.
 
     Point masses (-1) and children of several drafters, each with a row of its own, may be mixed.
     """
