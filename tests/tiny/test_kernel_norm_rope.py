@@ -18,7 +18,7 @@ from presage.kernels.reference import kv_copy as copy_twin
 from presage.kernels.reference import norm as norm_twin
 from presage.kernels.reference import rope as rope_twin
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 TEAM, SOLO = Team(2), Team(1)
 
 
@@ -84,7 +84,7 @@ cases = st.tuples(
     st.sampled_from(["none", "head", "whole"]),
     st.booleans(),
     st.booleans(),
-    st.sampled_from([F32, BF16]),
+    st.sampled_from([F32, BF16, INT8]),
     st.integers(1, 40),
 )
 
@@ -108,10 +108,18 @@ def test_rope_write_equals_its_twin(case: tuple[tuple[int, int, int, int], str, 
     rope.rope_write(TEAM, qkv, positions, table, q, *got, slots, q_norm, k_norm, 1e-6, plus_one, interleaved)
     rope_twin.rope_write(qkv, positions, table, q_want, *want, slots, q_norm, k_norm, 1e-6, plus_one, interleaved)
     torch.testing.assert_close(q, q_want, atol=2e-5, rtol=2e-5)
-    # A value on the border of two bf16 numbers may round to either when the norm's last bit differs.
-    near = 2**-7 if dtype == BF16 else 2e-5
-    torch.testing.assert_close(got[0].float(), want[0].float(), atol=2e-5, rtol=near)
-    assert torch.equal(got[1], want[1])
+    # A value on the border of two stored numbers may round to either when the norm's last bit differs.
+    everything = torch.arange(96)
+    k, v, *scales = copy_twin.gather_stored(*got, everything)
+    k_want, v_want, *scales_want = copy_twin.gather_stored(*want, everything)
+    atol, rtol = {F32: (2e-5, 2e-5), BF16: (2e-5, 2**-7), INT8: (1, 0)}[dtype]
+    torch.testing.assert_close(k.float(), k_want.float(), atol=atol, rtol=rtol)
+    assert torch.equal(v, v_want)
+    if dtype == INT8:
+        torch.testing.assert_close(scales[0], scales_want[0], atol=0, rtol=2e-5)
+        assert torch.equal(scales[1], scales_want[1])
+    if q_norm is None:
+        assert torch.equal(got[0], want[0])
 
 
 def test_the_rotary_twin_turns_complex_numbers() -> None:
@@ -151,7 +159,7 @@ def test_rope_rows_are_independent_and_typed_errors() -> None:
     rope.rope_write(TEAM, qkv, positions, table, q, *many, torch.arange(9), *w)
     rope.rope_write(SOLO, qkv[7:8], positions[7:8], table, single, *one, torch.tensor([7]), *w)
     assert torch.equal(q[7], single[0]) and torch.isnan(q[4]).all() and torch.isfinite(q[[0, 1, 2, 3, 5, 6, 7, 8]]).all()
-    assert torch.equal(many[0][..., 7, :], one[0][..., 7, :]) and torch.equal(many[1][:, :, 7], one[1][:, :, 7])
+    assert all(torch.equal(a, b) for a, b in zip(*(copy_twin.gather_kv(*pair, torch.tensor([7])) for pair in (many, one)), strict=True))
     with pytest.raises(ConfigError, match="slots"):
         rope.rope_write(TEAM, qkv, positions, table, q, *many, torch.arange(9).int())
     with pytest.raises(ConfigError, match="positions"):
@@ -160,15 +168,15 @@ def test_rope_rows_are_independent_and_typed_errors() -> None:
         rope.RopeWrite(TEAM, many[1], many[0], table)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", [BF16, F32, INT8])
 def test_copies_equal_a_model_of_slots(dtype: torch.dtype) -> None:
     """Random block copies and slot moves, chains and overlaps included, against a list of tokens."""
     g = torch.Generator().manual_seed(0)
     layers = [caches(5, 3, 48, dtype) for _ in range(3)]
-    for tensor in (x for pair in layers for x in pair):
-        tensor.normal_(generator=g)
     everything = torch.arange(160)
-    model = [[x.clone() for x in copy_twin.gather_kv(k, v, everything)] for k, v in layers]
+    for i, pair in enumerate(layers):
+        copy_twin.scatter_kv(*pair, everything, randn(160, 3, 48, seed=i), randn(160, 3, 48, seed=9 + i))
+    model = [[x.clone() for x in copy_twin.gather_stored(k, v, everything)] for k, v in layers]
     copies = kv_copy.CacheCopies(TEAM, layers)
     for _ in range(12):
         src, dst = (torch.randint(0, 5, (3,), generator=g) for _ in range(2))
@@ -181,12 +189,13 @@ def test_copies_equal_a_model_of_slots(dtype: torch.dtype) -> None:
             for s, d in zip(a.tolist(), b.tolist(), strict=True):
                 tokens[d] = tokens[s].clone()
     for (k, v), want in zip(layers, model, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(kv_copy.gather_kv(k, v, everything), want, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(copy_twin.gather_stored(k, v, everything), want, strict=True))
 
 
-def test_an_accepted_path_moves_down_and_twins_agree() -> None:
+@pytest.mark.parametrize("dtype", [BF16, INT8])
+def test_an_accepted_path_moves_down_and_twins_agree(dtype: torch.dtype) -> None:
     """An ascending path lands on consecutive slots though sources and targets overlap; kernel and twin give equal bytes."""
-    a = [caches(3, 2, 32, BF16) for _ in range(2)]
+    a = [caches(3, 2, 32, dtype) for _ in range(2)]
     for i, (k, v) in enumerate(a):
         copy_twin.scatter_kv(k, v, torch.arange(96), randn(96, 2, 32, seed=i), randn(96, 2, 32, seed=9 + i))
     b = [(k.clone(), v.clone()) for k, v in a]

@@ -285,9 +285,10 @@ def timed_executor(config: EngineConfig) -> tuple[TorchExecutor, TimedOps]:
     from presage.execute.sampling.sampler import Sampler
 
     _, model, _ = in_passing_thread(lambda: load_model(config, wrap=TimedOps))
-    groups = model.kv_groups(config.cache.block_size)
+    groups = model.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype)
     blocks = config.cache.num_gpu_blocks_override
     if blocks is None:
         raise ConfigError("timing kernels sizes the KV cache itself; leave out kv_cache_memory", param="kv_cache_memory")
     geometry = KVGeometry(groups=groups, num_blocks=(blocks,) * len(groups))
-    return TorchExecutor(model, geometry, Sampler(model.vocab_size), depth=1), model.ops
+    executor = TorchExecutor(model, geometry, Sampler(model.vocab_size), depth=1, kv_cache_dtype=config.cache.kv_cache_dtype)
+    return executor, model.ops

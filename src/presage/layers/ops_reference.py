@@ -71,7 +71,7 @@ class ReferenceOps:
         """q and k norms, rotary and cache write: call(qkv, positions, slots, q_out)."""
         def write(qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, q_out: torch.Tensor) -> None:
             """Norms, rotary, cache write."""
-            q = q_out.view(len(q_out), -1, values.shape[-1])
+            q = q_out.view(len(q_out), -1, kv_copy.heads_of(values)[1])
             rope_twin.rope_write(qkv, positions, cos_sin, q, keys, values, slots, q_norm, k_norm, eps)
 
         return write

@@ -9,7 +9,7 @@ import torch
 from presage.core.kv import KVGroup
 from presage.layers.attention import Attention, AttentionSpec, QKNorm
 from presage.layers.decoder import DecoderLayer, Half
-from presage.layers.kv.geometry import kv_groups
+from presage.layers.kv.geometry import kv_groups, stored_dtype
 from presage.layers.linear import Linear
 from presage.layers.mlp import MLP
 from presage.layers.norm import Norm, RMSNorm
@@ -51,9 +51,9 @@ class Model:
         self.final = self.norm("norm")
         self.lm_head = Linear(ops, "head", [self.weight("embed" if params.tied else "head", head=True)], softcap=params.final_softcap)
 
-    def kv_groups(self, block_size: int = 32) -> tuple[KVGroup, ...]:
-        """KV groups of the plain method for blocks of ``block_size`` tokens."""
-        dtype = "bfloat16" if self.ops.dtype == torch.bfloat16 else "float32"
+    def kv_groups(self, block_size: int = 32, kv_cache_dtype: str = "auto") -> tuple[KVGroup, ...]:
+        """KV groups of the plain method for blocks of ``block_size`` tokens, stored as ``CacheConfig.kv_cache_dtype`` says."""
+        dtype = stored_dtype(kv_cache_dtype, "bfloat16" if self.ops.dtype == torch.bfloat16 else "float32")
         return kv_groups(self.params, dtype, block_size, self._salt + f"{self.ops.numerics}|{self.scheme.name if self.scheme else ''}".encode())
 
     # -- hooks -------------------------------------------------------------------------------------------------------------------

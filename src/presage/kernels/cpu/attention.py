@@ -5,8 +5,10 @@
     attention(q, batch, out)                                                                   # 3 us + the kernel
 
 Cache layouts (Hkv KV heads, D a multiple of 16, blocks of 32 tokens):
-    bf16: K [num_blocks, Hkv, D/2, 32, 2] (pairs of dimensions, so that a bf16 dot reads 32 tokens), V [num_blocks, Hkv, 32, D]
-    f32:  K [num_blocks, Hkv, D, 32],                                                          V [num_blocks, Hkv, 32, D]
+    f32:  K [num_blocks, Hkv, D, 32], V [num_blocks, Hkv, 32, D]
+    bf16: K [num_blocks, Hkv, D/2, 32, 2] (pairs of dimensions, for the bf16 dot), V [num_blocks, Hkv, 16, D, 2] (pairs of tokens, the
+          earlier one second: the dot adds it first)
+    int8: K and V [num_blocks, Hkv, 128 + 32 D]: 32 f32 scales, one a token, then the codes: K [D/4, 32, 4] plus 128, V [32, D]
 """
 
 from __future__ import annotations
@@ -19,32 +21,38 @@ from presage.core.errors import ConfigError
 from presage.kernels.cpu.attention_plan import BLOCK, FIELDS, MAX_TILE
 from presage.kernels.cpu.attention_tiles import attend, scratch_bytes
 from presage.kernels.cpu.isa import current_isa
+from presage.kernels.cpu.simd_attention import BF16, F32, HEAD, INT8
 from presage.kernels.cpu.team import Team
+from presage.kernels.reference.kv_copy import cache_shapes
 
-_STORED = (torch.bfloat16, torch.float32)
+__all__ = ["AttentionBatch", "PagedAttention", "attention_numerics", "cache_geometry", "cache_shapes", "paged_attention", "token_bytes"]
+
+_KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.int8: INT8}
+_WIDE = (torch.bfloat16, torch.float32)
 
 
 def attention_numerics(dtype: torch.dtype) -> str:
-    """The numerics id of attention over a cache of this type: it names how scores round."""
-    return f"attention-bf16-{current_isa().numerics}" if dtype == torch.bfloat16 else "attention-f32-fma"
-
-
-def cache_shapes(num_blocks: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the K and V tensors of one layer for ``num_blocks`` blocks of 32 tokens."""
-    keys = (num_blocks, kv_heads, dim // 2, BLOCK, 2) if dtype == torch.bfloat16 else (num_blocks, kv_heads, dim, BLOCK)
-    return keys, (num_blocks, kv_heads, BLOCK, dim)
+    """The numerics id of attention over a cache of this type: it names how scores and weights round."""
+    name = {torch.float32: "f32-fma", torch.bfloat16: f"bf16-{current_isa().numerics}", torch.int8: f"int8-{current_isa().numerics}"}[dtype]
+    return f"attention-{name}"
 
 
 def cache_geometry(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[int, int, int]:
-    """(KV heads, D, 1 if bf16) of one layer's caches. Raises ConfigError if they are not laid out as above."""
-    num, kv_heads, dim = v_cache.shape[0], v_cache.shape[1] if v_cache.dim() == 4 else 0, v_cache.shape[-1]
-    shapes = cache_shapes(num, kv_heads, dim, v_cache.dtype)
-    if k_cache.dtype != v_cache.dtype or v_cache.dtype not in _STORED or (tuple(k_cache.shape), tuple(v_cache.shape)) != shapes:
-        found = f"{k_cache.dtype} {tuple(k_cache.shape)}, {v_cache.dtype} {tuple(v_cache.shape)}"
+    """(KV heads, D, kind: 0 f32, 1 bf16, 2 int8) of one layer's caches. Raises ConfigError if they are not laid out as above."""
+    kind, shape = _KINDS.get(v_cache.dtype, -1), tuple(v_cache.shape)
+    kv_heads, dim = (shape[1], shape[3] if kind != INT8 else (shape[2] - HEAD) // BLOCK) if len(shape) == (4, 5, 3)[kind] else (0, 0)
+    shapes = cache_shapes(shape[0], kv_heads, dim, v_cache.dtype)
+    if k_cache.dtype != v_cache.dtype or kind < 0 or (tuple(k_cache.shape), shape) != shapes:
+        found = f"{k_cache.dtype} {tuple(k_cache.shape)}, {v_cache.dtype} {shape}"
         raise ConfigError(f"caches are {found}; expected one type, {shapes}")
     if dim % 16 or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ConfigError(f"caches must be contiguous, with a multiple of 16 dimensions a head, not {dim}")
-    return kv_heads, dim, int(v_cache.dtype == torch.bfloat16)
+    return kv_heads, dim, kind
+
+
+def token_bytes(kind: int, dim: int) -> int:
+    """Bytes of one key or value of one head."""
+    return dim * (4 >> kind) + (4 if kind == INT8 else 0)
 
 
 class AttentionBatch:
@@ -109,25 +117,25 @@ class PagedAttention:
         causal: bool = True,
         block_tokens: int = BLOCK,
     ) -> None:
-        kv_heads, dim, half = cache_geometry(k_cache, v_cache)
+        kv_heads, dim, kind = cache_geometry(k_cache, v_cache)
         if heads % kv_heads or heads // kv_heads > MAX_TILE or block_tokens % BLOCK:
             raise ConfigError(f"attention: {heads}/{kv_heads} heads of {dim} dimensions, blocks of {block_tokens} tokens are not supported")
         if sinks is not None and (sinks.dtype != torch.float32 or sinks.numel() != heads):
             raise ConfigError("attention: sinks must be one f32 per query head", param="sinks")
         self.team, self.heads, self.dim, self.group = team, heads, dim, heads // kv_heads
         self._alive = (k_cache, v_cache, sinks)
-        self._token_bytes = 2 * kv_heads * dim * v_cache.element_size()
+        self._token_bytes = 2 * kv_heads * token_bytes(kind, dim)
         floats = struct.unpack("=q", struct.pack("=ff", scale, softcap))[0]
         keep = 0 if sinks is None else sinks.data_ptr()
         shape = (heads, kv_heads, dim, window, int(causal), block_tokens // BLOCK, floats)
         self._words = (k_cache.data_ptr(), v_cache.data_ptr(), keep, *shape)
         self._table = team.table(FIELDS)
-        self._kernel = attend(half)
+        self._kernel = attend(kind)
 
     def __call__(self, q: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
-        """``q`` [t, heads, D] (f32 or bf16; rounded to bf16 if the cache is) -> ``out`` [t, heads * D] (f32 or bf16), both contiguous."""
+        """``q`` [t, heads, D] (f32 or bf16; rounded to bf16 or int8 if the cache is) -> ``out`` [t, heads * D] (f32 or bf16), both contiguous."""
         rows, size = batch.rows, batch.rows * self.heads * self.dim
-        if q.numel() != size or out.numel() != size or q.dtype not in _STORED or out.dtype not in _STORED:
+        if q.numel() != size or out.numel() != size or q.dtype not in _WIDE or out.dtype not in _WIDE:
             raise ConfigError(f"attention: {rows} rows, but q is {q.dtype} {tuple(q.shape)} and out {out.dtype} {tuple(out.shape)}")
         if rows == 0:
             return
@@ -160,6 +168,5 @@ def paged_attention(
     block_tokens: int = BLOCK,
 ) -> None:
     """One call without binding; `PagedAttention` and `AttentionBatch` say what the arguments mean."""
-    heads = q.numel() // max(1, span_of.numel()) // v_cache.shape[-1]
-    layer = PagedAttention(team, k_cache, v_cache, max(heads, v_cache.shape[1]), scale, window, softcap, sinks, causal, block_tokens)
+    layer = PagedAttention(team, k_cache, v_cache, q.shape[1], scale, window, softcap, sinks, causal, block_tokens)
     layer(q, AttentionBatch(indptr, blocks, span_of, index, linear, kv_len, tree, position), out)

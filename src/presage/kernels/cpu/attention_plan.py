@@ -23,6 +23,9 @@ MAX_TILE = 64
 L2_SCORES = 512 * 1024
 """Scores of a tile are kept within this many bytes where a smaller tile can do it."""
 
+LEAST = np.float32(1e-30)
+"""An int8 row whose largest magnitude is below this becomes zero: the reciprocal of its scale would overflow."""
+
 _WORD = np.uint64(0xFFFFFFFF)
 
 

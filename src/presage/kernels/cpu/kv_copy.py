@@ -11,24 +11,26 @@ from collections.abc import Sequence
 import torch
 
 from presage.core.errors import ConfigError
-from presage.kernels.cpu.attention import cache_geometry
+from presage.kernels.cpu.attention import cache_geometry, token_bytes
 from presage.kernels.cpu.cache import device, kernel
 from presage.kernels.cpu.region import HEADER, enter, share, team_size
-from presage.kernels.cpu.simd import get_i32, get_i64, load_i32, set_i32, store_i32
+from presage.kernels.cpu.simd import get_i32, get_i64, get_u16, load_i32, set_i32, store_i32
+from presage.kernels.cpu.simd_attention import BF16, HEAD, INT8, set_u16
 from presage.kernels.cpu.team import Team
 from presage.kernels.reference.kv_copy import gather_kv
 
 __all__ = ["CacheCopies", "copy_blocks", "gather_kv", "move_slots"]
 
 BLOCK = 32
-_CACHES, _LAYERS, _HEADS, _DIM, _HALF, _SRC, _DST, _COUNT = range(HEADER, HEADER + 8)
+_CACHES, _LAYERS, _HEADS, _DIM, _KIND, _SRC, _DST, _COUNT = range(HEADER, HEADER + 8)
+_token_bytes = device(token_bytes)
 
 
 @kernel
 def _copy_blocks():  # type: ignore[no-untyped-def]
     def run(table):  # type: ignore[no-untyped-def]
         rank, caches = enter(table), get_i64(table, _CACHES)
-        words = get_i64(table, _HEADS) * BLOCK * get_i64(table, _DIM) // (2 if get_i64(table, _HALF) else 1)
+        words = get_i64(table, _HEADS) * BLOCK * _token_bytes(get_i64(table, _KIND), get_i64(table, _DIM)) // 4
         start, stop = share(2 * get_i64(table, _LAYERS), rank, team_size(table))
         for item in range(start, stop):
             base = get_i64(caches, item)
@@ -41,22 +43,30 @@ def _copy_blocks():  # type: ignore[no-untyped-def]
 
 
 @device
-def _move(keys, values, source, target, head, heads, dim, half):  # type: ignore[no-untyped-def]
-    """One token of one head, in 4-byte words: a key lies 32 words apart, a value in one piece."""
-    words = dim // 2 if half else dim
-    a, b = (source // BLOCK * heads + head) * words * BLOCK, (target // BLOCK * heads + head) * words * BLOCK
-    s, t = source % BLOCK, target % BLOCK
+def _move(keys, values, source, target, head, heads, dim, kind):  # type: ignore[no-untyped-def]
+    """One token of one head, in 4-byte words: a key lies 32 words apart, a value in one piece (bf16: alternating with another)."""
+    size, words, s, t = BLOCK * _token_bytes(kind, dim), dim >> kind, source % BLOCK, target % BLOCK
+    a, b = (source // BLOCK * heads + head) * size, (target // BLOCK * heads + head) * size
+    k, k_to, v, v_to = keys + a, keys + b, values + a, values + b
+    if kind == INT8:
+        set_i32(k_to, t, get_i32(k, s))
+        set_i32(v_to, t, get_i32(v, s))
+        k, k_to, v, v_to = k + HEAD, k_to + HEAD, v + HEAD, v_to + HEAD
     for i in range(words):
-        set_i32(keys, b + i * BLOCK + t, get_i32(keys, a + i * BLOCK + s))
+        set_i32(k_to, i * BLOCK + t, get_i32(k, i * BLOCK + s))
+    if kind == BF16:
+        for d in range(dim):
+            set_u16(v_to, (t // 2 * dim + d) * 2 + 1 - t % 2, get_u16(v, (s // 2 * dim + d) * 2 + 1 - s % 2))
+        return
     for i in range(words):
-        set_i32(values, b + t * words + i, get_i32(values, a + s * words + i))
+        set_i32(v_to, t * words + i, get_i32(v, s * words + i))
 
 
 @kernel
 def _move_slots():  # type: ignore[no-untyped-def]
     def run(table):  # type: ignore[no-untyped-def]
         rank, caches, heads = enter(table), get_i64(table, _CACHES), get_i64(table, _HEADS)
-        dim, half, count = get_i64(table, _DIM), get_i64(table, _HALF), get_i64(table, _COUNT)
+        dim, kind, count = get_i64(table, _DIM), get_i64(table, _KIND), get_i64(table, _COUNT)
         start, stop = share(get_i64(table, _LAYERS) * heads, rank, team_size(table))
         for item in range(start, stop):
             layer, head = item // heads, item % heads
@@ -64,7 +74,7 @@ def _move_slots():  # type: ignore[no-untyped-def]
             for i in range(count):
                 source, target = get_i64(get_i64(table, _SRC), i), get_i64(get_i64(table, _DST), i)
                 if source != target:
-                    _move(keys, values, source, target, head, heads, dim, half)
+                    _move(keys, values, source, target, head, heads, dim, kind)
 
     return run
 
@@ -76,14 +86,14 @@ class CacheCopies:
         if not caches:
             raise ConfigError("copies need at least one layer's cache")
         keys, first = caches[0]
-        heads, dim, half = cache_geometry(keys, first)
+        heads, dim, kind = cache_geometry(keys, first)
         for k, v in caches:
-            if cache_geometry(k, v) != (heads, dim, half) or v.shape != first.shape:
+            if cache_geometry(k, v) != (heads, dim, kind) or v.shape != first.shape:
                 raise ConfigError(f"caches of one group differ: {v.dtype} {tuple(v.shape)} beside {first.dtype} {tuple(first.shape)}")
         self.team, self._alive = team, list(caches)
         self._addresses = torch.tensor([tensor.data_ptr() for pair in caches for tensor in pair])
-        self._words = (self._addresses.data_ptr(), len(caches), heads, dim, half)
-        self._token_bytes = 2 * len(caches) * heads * dim * first.element_size()
+        self._words = (self._addresses.data_ptr(), len(caches), heads, dim, kind)
+        self._token_bytes = 2 * len(caches) * heads * token_bytes(kind, dim)
         self._table, self._blocks, self._slots = team.table(8), _copy_blocks(), _move_slots()
 
     def copy_blocks(self, src: torch.Tensor, dst: torch.Tensor) -> None:

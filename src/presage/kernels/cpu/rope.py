@@ -15,15 +15,18 @@ import numpy as np
 import torch
 
 from presage.core.errors import ConfigError
-from presage.kernels.cpu.attention import cache_geometry
+from presage.kernels.cpu.attention import cache_geometry, token_bytes
+from presage.kernels.cpu.attention_plan import LEAST
 from presage.kernels.cpu.cache import device, kernel, subroutine
 from presage.kernels.cpu.norm import inverse_rms
+from presage.kernels.cpu.prepare import row_limit
 from presage.kernels.cpu.region import HEADER, enter, share, team_size
 from presage.kernels.cpu.simd import (
     broadcast_f32,
     get_f32,
     get_i32,
     get_i64,
+    get_u16,
     load_f32,
     load_f32_n,
     set_f32,
@@ -31,13 +34,17 @@ from presage.kernels.cpu.simd import (
     store_bf16,
     store_f32,
     store_f32_n,
+    store_i8,
 )
+from presage.kernels.cpu.simd_attention import BF16, F32, HEAD, INT8, set_u16
+from presage.kernels.cpu.simd_int import round_i8
 from presage.kernels.cpu.team import Team
 
 BLOCK = 32
-_K, _V, _TABLE, _Q_NORM, _K_NORM, _KV_HEADS, _DIM, _ROT, _INTER, _WHOLE, _HALF, _FLOATS = range(HEADER, HEADER + 12)
+_K, _V, _TABLE, _Q_NORM, _K_NORM, _KV_HEADS, _DIM, _ROT, _INTER, _WHOLE, _KIND, _FLOATS = range(HEADER, HEADER + 12)
 _QKV, _STRIDE, _POSITIONS, _SLOTS, _Q_OUT, _Q_HALF, _ROWS, _HEADS, _SCRATCH, _SCRATCH_BYTES = range(HEADER + 12, HEADER + 22)
 _FIELDS = 22
+_token_bytes = device(token_bytes)
 
 
 @device
@@ -78,28 +85,57 @@ def _put_row(out, head, dim, half):  # type: ignore[no-untyped-def]
 
 
 @device
-def _put_key(block, offset, head, spare, dim, half):  # type: ignore[no-untyped-def]
-    """Spread a key over its block: tokens are the fastest axis there, so every 4 bytes (a bf16 pair or an f32) go 128 bytes apart."""
-    source, words = (spare, dim // 2) if half else (head, dim)
-    if half:
-        _put_row(spare, head, dim, half)
-    for i in range(words):
-        set_i32(block, i * BLOCK + offset, get_i32(source, i))
+def _quantised(source, dim, codes):  # type: ignore[no-untyped-def]
+    """A head as int8 in -127..127; returns its scale. One NaN in it makes the scale NaN."""
+    limit = row_limit(source, 0, dim)
+    factor = broadcast_f32(np.float32(127.0) / limit if limit >= LEAST else np.float32(0.0))
+    for d in range(0, dim, 16):
+        store_i8(codes, d, round_i8(load_f32(source, d) * factor))
+    return np.float32(0.0) if limit < LEAST else limit / np.float32(127.0)
+
+
+@subroutine
+def _put_key(block, offset, head, spare, dim, kind):  # type: ignore[no-untyped-def]
+    """Spread a key over its block: tokens are the fastest axis there, so every 4 bytes (1 f32, 2 bf16, 4 int8) go 128 bytes apart."""
+    flip = 0
+    if kind == INT8:
+        set_f32(block, offset, _quantised(head, dim, spare))
+        block, flip = block + HEAD, 0x80808080
+    elif kind == BF16:
+        _put_row(spare, head, dim, True)
+    source = head if kind == F32 else spare
+    for i in range(dim >> kind):
+        set_i32(block, i * BLOCK + offset, get_i32(source, i) ^ flip)
+
+
+@subroutine
+def _put_value(block, offset, source, spare, dim, kind):  # type: ignore[no-untyped-def]
+    """A value lies in one piece, except that two bf16 tokens alternate. Stores are no wider than what is this token's: the other one may be
+    another thread's."""
+    if kind == INT8:
+        set_f32(block, offset, _quantised(source, dim, block + HEAD + offset * dim))
+    elif kind == F32:
+        _put_row(block + 4 * offset * dim, source, dim, False)
+    else:
+        _put_row(spare, source, dim, True)
+        first = offset // 2 * 2 * dim + 1 - offset % 2
+        for d in range(dim):
+            set_u16(block, first + 2 * d, get_u16(spare, d))
 
 
 @subroutine
 def _write_head(table, row, h, heads, q_inverse, k_inverse, head):  # type: ignore[no-untyped-def]
     """One head of one row: heads 0..Hq-1 are queries, then keys, then values."""
-    dim, kv_heads, half = get_i64(table, _DIM), get_i64(table, _KV_HEADS), get_i64(table, _HALF)
+    dim, kv_heads, kind = get_i64(table, _DIM), get_i64(table, _KV_HEADS), get_i64(table, _KIND)
     rot, offset, eps = get_i64(table, _ROT), get_f32(table, 2 * _FLOATS + 1), get_f32(table, 2 * _FLOATS)
     slot = get_i64(get_i64(table, _SLOTS), row) if h >= heads else 0
     if slot < 0:
         return
     source = get_i64(table, _QKV) + 4 * (row * get_i64(table, _STRIDE) + h * dim)
     lane = h - heads if h < heads + kv_heads else h - heads - kv_heads
-    tile = (slot // BLOCK * kv_heads + lane) * BLOCK * dim * (2 if half else 4)
+    tile = (slot // BLOCK * kv_heads + lane) * BLOCK * _token_bytes(kind, dim)
     if h >= heads + kv_heads:
-        _put_row(get_i64(table, _V) + tile + slot % BLOCK * dim * (2 if half else 4), source, dim, half)
+        _put_value(get_i64(table, _V) + tile, slot % BLOCK, source, head, dim, kind)
         return
     weight, inverse, first = get_i64(table, _Q_NORM), q_inverse, h
     if h >= heads:
@@ -117,7 +153,7 @@ def _write_head(table, row, h, heads, q_inverse, k_inverse, head):  # type: igno
         q_half = get_i64(table, _Q_HALF)
         _put_row(get_i64(table, _Q_OUT) + (row * heads + h) * dim * (2 if q_half else 4), head, dim, q_half)
     else:
-        _put_key(get_i64(table, _K) + tile, slot % BLOCK, head, head + 4 * dim, dim, half)
+        _put_key(get_i64(table, _K) + tile, slot % BLOCK, head, head + 4 * dim, dim, kind)
 
 
 @kernel
@@ -165,9 +201,9 @@ class RopeWrite:
         dim: int = 0,
     ) -> None:
         if k_cache is not None and v_cache is not None:
-            self.kv_heads, self.dim, half = cache_geometry(k_cache, v_cache)
+            self.kv_heads, self.dim, kind = cache_geometry(k_cache, v_cache)
         else:
-            self.kv_heads, self.dim, half = 0, dim, 0
+            self.kv_heads, self.dim, kind = 0, dim, 0
         self.team, self.whole = team, any(x is not None and x.numel() != self.dim for x in (q_norm, k_norm))
         self._sizes = tuple(None if x is None else x.numel() for x in (q_norm, k_norm))
         rot = 0 if cos_sin is None else cos_sin.shape[-1]
@@ -178,7 +214,7 @@ class RopeWrite:
             if x is not None and (not x.is_contiguous() or (x.dtype != torch.float32 and x is not k_cache and x is not v_cache)):
                 raise ConfigError(f"rope: tables and norms must be contiguous f32, not {x.dtype} {tuple(x.shape)}")
         floats = struct.unpack("=q", struct.pack("=ff", eps, float(plus_one)))[0]
-        flags = (self.kv_heads, self.dim, rot, int(interleaved), int(self.whole), half, floats)
+        flags = (self.kv_heads, self.dim, rot, int(interleaved), int(self.whole), kind, floats)
         self._words = (*(0 if x is None else x.data_ptr() for x in self._alive), *flags)
         self._table = team.table(_FIELDS)
         self._kernel = _rope_write()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from presage.kernels.reference.kv_copy import gather_kv
+from presage.kernels.reference.kv_copy import gather_stored, quantise_kv
 
 BLOCK = 32
 
@@ -37,8 +37,14 @@ def attend_span(
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    rounded: bool = False,
 ) -> torch.Tensor:
-    """q [t, Hq, D], k and v [n, Hkv, D], seen [t, n] -> [t, Hq * D] in q's type. A row that sees nothing gives zeros."""
+    """q [t, Hq, D], k and v [n, Hkv, D], seen [t, n] -> [t, Hq * D] in q's type. A row that sees nothing gives zeros.
+
+    ``v_scale`` [n, Hkv] multiplies the values. ``rounded``: weights (relative to a row's largest, and times ``v_scale``) are rounded to
+    bf16 before they are multiplied with values, but not in their sum; the gradient passes the rounding by.
+    """
     group = q.shape[1] // k.shape[1]
     # Hidden keys are replaced, not multiplied by zero: freed blocks may hold NaN.
     used = seen.any(0)
@@ -50,10 +56,19 @@ def attend_span(
     s = s.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         s = torch.cat([s, sinks.to(s.dtype).view(-1, group, 1, 1).expand(-1, -1, len(q), 1)], -1)
-    p = torch.nan_to_num(torch.softmax(s, -1), nan=0.0) if not bool(seen.any(1).all()) else torch.softmax(s, -1)
-    if sinks is not None:
-        p = p[..., :-1]
-    return torch.einsum("hgtn,nhd->thgd", p, v).flatten(1)
+    if s.shape[-1] == 0:
+        return q.new_zeros(len(q), q.shape[1] * q.shape[2])
+    top = s.detach().amax(-1, keepdim=True)
+    p = torch.exp(s - top.masked_fill(top == float("-inf"), 0.0))
+    total = p.sum(-1, keepdim=True)
+    p = p[..., : k.shape[0]]
+    if v_scale is not None:
+        p = p * v_scale[used].T[:, None, None].masked_fill(~seen, 0.0)
+    total = total.masked_fill(total == 0, 1.0)
+    weights = p / total
+    if rounded:
+        weights = weights + (p.bfloat16().to(p.dtype) / total - weights).detach()
+    return torch.einsum("hgtn,nhd->thgd", weights, v).flatten(1)
 
 
 def paged_attention(
@@ -76,19 +91,26 @@ def paged_attention(
     position: torch.Tensor | None = None,
     block_tokens: int = BLOCK,
 ) -> torch.Tensor:
-    """Twin of the CPU kernel, in f32 (f64 for f64 queries): q [t, Hq, D] -> [t, Hq * D], also copied to ``out`` if given."""
-    wide = q if q.dtype == torch.float64 else q.float()
-    if k_cache.dtype == torch.bfloat16:
+    """Twin of the CPU kernel, in f32 (f64 for f64 queries): q [t, Hq, D] -> [t, Hq * D], also copied to ``out`` if given.
+
+    Queries are rounded as the cache's keys are, to bf16 or to int8 with one scale each."""
+    wide, kind = q if q.dtype == torch.float64 else q.float(), k_cache.dtype
+    if kind == torch.bfloat16:
         wide = wide.bfloat16().to(wide.dtype)
+    elif kind == torch.int8:
+        codes, unit = quantise_kv(wide.float(), empty=1.0)
+        wide = codes.to(wide.dtype) * unit.to(wide.dtype)[..., None]
     result = torch.zeros(q.shape[0], q.shape[1] * q.shape[2], dtype=wide.dtype)
     for s in torch.unique(span_of).tolist():
         rows, n = torch.nonzero(span_of == s)[:, 0], int(kv_len[s])
         table, keys = blocks[int(indptr[s]) : int(indptr[s + 1])].long(), torch.arange(n)
-        k, v = gather_kv(k_cache, v_cache, table[keys // block_tokens] * block_tokens + keys % block_tokens)
+        k, v, *scales = gather_stored(k_cache, v_cache, table[keys // block_tokens] * block_tokens + keys % block_tokens)
+        k, v_scale = (k * scales[0][..., None], scales[1].to(wide.dtype)) if scales else (k, None)
         limit = n if tree is None or linear is None else min(n, int(linear[s]))
         bits, place = None if tree is None else tree[rows], None if position is None else position[rows]
         seen = visible(index[rows], limit, n, bits, window, causal, place)
-        result = result.index_copy(0, rows, attend_span(wide[rows], k.to(wide.dtype), v.to(wide.dtype), seen, scale, softcap, sinks))
+        o = attend_span(wide[rows], k.to(wide.dtype), v.to(wide.dtype), seen, scale, softcap, sinks, v_scale, kind != torch.float32)
+        result = result.index_copy(0, rows, o)
     if out is not None:
         out.copy_(result.detach())
     return result

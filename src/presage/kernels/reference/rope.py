@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from presage.kernels.reference.kv_copy import scatter_kv
+from presage.kernels.reference.kv_copy import heads_of, scatter_kv
 from presage.kernels.reference.norm import rmsnorm
 
 
@@ -46,7 +46,7 @@ def rope_write(
     dim: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Twin of the CPU kernel; also returns rotated q [t, Hq, D], rotated k and v [t, Hkv, D] before rounding to the cache's type."""
-    kv_heads, dim = (0, dim) if v_cache is None else (v_cache.shape[1], v_cache.shape[3])
+    kv_heads, dim = (0, dim) if v_cache is None else heads_of(v_cache)
     heads = qkv.shape[1] // dim - 2 * kv_heads
     q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1))
     q, k = _normed(q, q_norm, eps, plus_one), _normed(k, k_norm, eps, plus_one)

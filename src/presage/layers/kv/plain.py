@@ -1,7 +1,7 @@
-"""The plain KV method: keys and values in the model's own type, in blocks of 32 tokens, attended exactly.
+"""The plain KV method: keys and values in the model's own type or in int8, in blocks of 32 tokens, all of them attended.
 
-Layouts per layer (Hkv heads of D dimensions): K bf16 [blocks, Hkv, D/2, 32, 2], f32 [blocks, Hkv, D, 32]; V [blocks, Hkv, 32, D].
-A block of the manager may hold several kernel blocks (block_size 64 = 2): slot numbers are the same, tables are widened by the batch.
+Layouts are those of ``kernels.cpu.attention`` in every kernel family. A block of the manager may hold several kernel blocks
+(block_size 64 = 2): slot numbers are the same, tables are widened by the batch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from presage.core.errors import NotEnoughMemory
 from presage.core.kv import KVGeometry
 from presage.core.plan import Moves
 from presage.core.types import Ints
+from presage.kernels.cpu.memory import Arena
+from presage.kernels.reference.kv_copy import cache_shapes
 from presage.layers.attention import Attention
-from presage.layers.kv.geometry import kv_groups
+from presage.layers.kv.geometry import kv_groups, stored_dtype
 from presage.layers.ops import KERNEL_BLOCK, Copies, Ops
 from presage.layers.state import LayerContext, State
 
@@ -52,10 +54,13 @@ class LayerKV:
 
 
 class PlainKV:
-    """Arrays of all layers. ``layers[i]`` is bound to layer i. Raises NotEnoughMemory if they cannot be allocated."""
+    """Arrays of all layers, stored as ``CacheConfig.kv_cache_dtype`` says. ``layers[i]`` is bound to layer i.
 
-    def __init__(self, model: Model, geometry: KVGeometry) -> None:
-        self.geometry, self.ops = geometry, model.ops
+    Raises NotEnoughMemory if they cannot be allocated."""
+
+    def __init__(self, model: Model, geometry: KVGeometry, kv_cache_dtype: str = "auto") -> None:
+        self.geometry, self._arena = geometry, Arena()
+        self.dtype: torch.dtype = getattr(torch, stored_dtype(kv_cache_dtype, str(model.ops.dtype).removeprefix("torch.")))
         self.layers: list[LayerKV] = [None] * len(model.layers)  # type: ignore[list-item]
         self.groups: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         self._copies: list[Copies] = []
@@ -68,12 +73,12 @@ class PlainKV:
             self._copies.append(model.ops.copies(self.groups[-1]))
 
     def _arrays(self, blocks: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = self.ops.dtype
-        shape = (blocks, heads, dim // 2, KERNEL_BLOCK, 2) if dtype == torch.bfloat16 else (blocks, heads, dim, KERNEL_BLOCK)
+        shapes = [torch.Size(shape) for shape in cache_shapes(blocks, heads, dim, self.dtype)]
         try:
-            return torch.empty(shape, dtype=dtype), torch.empty(blocks, heads, KERNEL_BLOCK, dim, dtype=dtype)
-        except RuntimeError as error:
+            keys, values = (self._arena.take(shape.numel() * self.dtype.itemsize).view(self.dtype).view(shape) for shape in shapes)
+        except (OSError, RuntimeError) as error:
             raise NotEnoughMemory(f"cannot allocate {blocks} KV blocks: {error}", param="kv_cache_memory") from error
+        return keys, values
 
     def move(self, moves: Moves) -> None:
         """Whole blocks first (copy-on-write), then single slots (accepted tree paths), each list in its order."""
