@@ -11,6 +11,7 @@ import pytest
 from presage.core.plan import Draft, Grants
 from presage.core.request import Request
 from presage.draft.length import make_length
+from presage.draft.length.wishes import binding
 from tests.pure.lengths import LAYERS, Known, view_of
 
 P, Q = np.array([0.5, 0.5]), np.array([0.9, 0.1])
@@ -100,3 +101,11 @@ def test_bound_requests_are_asked_for_what_they_will_verify() -> None:
     policy, view, _ = policy_for(["rejection", "keyed"])
     ask = policy.ask(view, np.full(view.table.capacity, 16, np.int32))
     assert ask[0] < 16 and ask[1] == 16
+
+
+def test_which_rules_bind() -> None:
+    """Exact over the draws only: rejection. Seed-stable rules never; a rule nobody knows, to be safe. The engine's rule binds all."""
+    assert binding("rejection") and binding("somebody-elses") and not binding("keyed") and not binding("greedy")
+    policy: Any = make_length("marginal", rule="rejection")
+    policy.wishes.open(0, Request(id="0", prompt=np.arange(3)))
+    assert policy.wishes.bound.all()

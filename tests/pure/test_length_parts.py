@@ -63,6 +63,17 @@ def test_steptime_follows_a_lasting_change_but_not_a_pause() -> None:
     assert abs(float(model.predict(f[None])[0, 0]) / (before * 3) - 1) < 0.1
 
 
+def test_steptime_forgets_a_compilation_at_once() -> None:
+    """Every row count's first step compiles something for seconds; the second one of each is believed."""
+    machine, model = stairs(tile=8, per_tile=1e-3, free_rows=16), StepTime()
+    for slow in (2000.0, 1.0, 1.0):
+        for rows in range(8, 24):
+            f = features(rows)
+            model.learn(f, slow * float(machine(f[None])[0]))
+    grid = np.stack([features(r) for r in range(8, 24)])
+    assert np.abs(model.predict(grid)[:, 0] / machine(grid) - 1).max() < 0.25
+
+
 def test_steptime_is_never_negative_rounds_to_microseconds_and_pickles() -> None:
     model, _ = trained(2, steps=200)
     grid = np.random.default_rng(0).uniform(0, 5000, (200, FEATURES))

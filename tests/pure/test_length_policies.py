@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,33 @@ def test_fixed_table_by_batch_size() -> None:
     for bad in ([[3, 1, 2]], [[1, 4, 2], [4, 5, 1]], [[1, 2]]):
         with pytest.raises(ConfigError):
             make_length("fixed", table=bad)
+
+
+class Plain:
+    """A policy of somebody else, without options."""
+
+    def ask(self, view: Any, hint: Any) -> Any:
+        return hint
+
+
+def test_policies_of_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by entry point, and not bothered with the engine's rule if they do not know of it."""
+    point = EntryPoint("plain", "tests.pure.test_length_policies:Plain", "presage.lengths")
+    monkeypatch.setattr("presage.draft.length.registry.entry_points", lambda group: [point] if group == point.group else [])
+    assert type(make_length("plain", rule="rejection")).__name__ == "Plain"
+
+
+def test_what_may_draft_shares_the_step_with_what_does_not() -> None:
+    """Two of forty requests may draft. The other thirty-eight fill the machine, so before drafting a dear drafter is told to do little."""
+    machine = Known(stairs(base=1e-3, tile=1, per_tile=1e-3, free_rows=8))
+    asks = []
+    for batch in (2, 40):
+        policy: Any = make_length("marginal", latency=machine, rule="rejection")
+        view = view_of(batch)
+        hint = np.zeros(view.table.capacity, np.int32)
+        hint[:2] = 16
+        asks.append(policy.ask(view, hint)[:2].tolist())
+    assert min(asks[0]) >= 3 and max(asks[1]) <= 1, asks
 
 
 def test_registry_names_what_it_knows() -> None:

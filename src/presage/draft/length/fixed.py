@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ class Fixed:
     A request's own ``num_speculative_tokens`` replaces both: it may be larger, too. Raises ConfigError for negative or overlapping rows.
     """
 
-    def __init__(self, num_speculative_tokens: int = 4, table: Sequence[Sequence[int]] = (), **wishes: Any) -> None:
+    def __init__(self, num_speculative_tokens: int = 4, table: Sequence[Sequence[int]] = (), rule: str = "keyed") -> None:
         self.k, self.table = num_speculative_tokens, sorted(tuple(int(x) for x in row) for row in table)
         bad = [row for row in self.table if len(row) != 3 or row[0] > row[1] or min(row) < 0]
         if num_speculative_tokens < 0 or bad:
@@ -30,7 +29,7 @@ class Fixed:
             raise ConfigError(f"draft lengths must be at least 0 and table rows [low, high, length], got {got}", param="length")
         if any(a[1] >= b[0] for a, b in zip(self.table, self.table[1:])):
             raise ConfigError("rows of the draft length table overlap", param="length")
-        self.wishes = Wishes(**wishes)
+        self.wishes = Wishes(rule)
 
     def ask(self, view: EngineView, hint: Ints) -> Ints:
         """[C] nodes worth drafting for each slot; 0 for slots that do not decode."""

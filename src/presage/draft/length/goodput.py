@@ -6,14 +6,12 @@ time has steps), the time model is learnt online, and length 0 asks the drafter 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from presage.core.plan import Draft, Facts, Grants, Keep
 from presage.core.protocols import EngineView, LatencyModel
 from presage.core.types import Floats, Ints
-from presage.draft.length.learner import Learner
+from presage.draft.length.learner import Learner, padded
 from presage.draft.length.levels import best_level, chain_depths, level_curve
 from presage.draft.length.ready import affordable, within
 from presage.draft.length.scan import Batch
@@ -34,10 +32,10 @@ class Goodput:
         per_request: bool = False,
         explore_every: int = 200,
         latency: LatencyModel | None = None,
-        **wishes: Any,
+        rule: str = "keyed",
     ) -> None:
         self.k, self.per_request, self.explore_every = num_speculative_tokens, per_request, max(1, explore_every)
-        self.learner = Learner(Wishes(**wishes), latency)
+        self.learner = Learner(Wishes(rule), latency)
         self.length = num_speculative_tokens
         self._explored = -1
 
@@ -90,7 +88,8 @@ class Goodput:
         batch: Batch = learner.batch(slots, view, length)
         offset, depth = chain_depths(length)
         at, path = learner.positions.curves(slots, length)
-        tokens, seconds = level_curve(batch, offset, depth, at, path, learner.latency(view))
+        n = len(batch.start) + 1
+        tokens, seconds = level_curve(batch, padded(offset, n, offset[-1]), depth, padded(at, n, at[-1]), path, learner.latency(view))
         extra: Floats = np.array([learner.overhead.seconds(len(slots) if k else 0, k) for k in range(len(tokens))])
         self.length = best_level(tokens, seconds, extra)
         if not self.length:

@@ -18,6 +18,11 @@ FADE_EVERY = 16
 COUNTS = 1025
 
 
+def padded(values: Ints, n: int, fill: int) -> Ints:
+    """``values`` followed by ``fill`` up to length ``n``."""
+    return np.concatenate([values, np.full(n - len(values), fill, np.int32)]) if len(values) < n else values
+
+
 class Learner:
     """Plain data, picklable. The engine's own latency model is used where the view has one; otherwise ``steptime`` learns here."""
 
@@ -55,10 +60,15 @@ class Learner:
         return self.steptime if view.latency is None else view.latency
 
     def batch(self, slots: Ints, view: EngineView, cap: Ints) -> Batch:
-        """The spans of ``slots`` as plain decoding rows, before there is a plan."""
+        """The step before there is a plan: ``slots`` first, as decoding rows, then the other decoding requests, which draft nothing."""
+        rest = view.ready[view.gap[view.ready] == 1]
+        if len(rest) > len(slots):
+            mine = np.zeros(len(view.gap), np.bool_)
+            mine[slots] = True
+            slots = np.concatenate([slots, rest[~mine[rest]]])
+            cap = padded(cap, len(slots), 0)
         n = len(slots)
-        ones = np.ones(n, np.int32)
-        return Batch(view.computed[slots], ones, np.ones(n, np.bool_), cap, np.zeros(n, np.bool_), self._targets(slots))
+        return Batch(view.computed[slots], np.ones(n, np.int32), np.ones(n, np.bool_), cap, np.zeros(n, np.bool_), self._targets(slots))
 
     def planned(self, view: EngineView, grants: Grants, draft: Draft) -> Batch:
         """The spans of a plan. Under a rejection rule, spans with sampled nodes are ``whole``: what was drawn must not decide what is judged."""

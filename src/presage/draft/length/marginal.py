@@ -9,8 +9,6 @@ acceptance by position says how far to draft. A request or a server for which no
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
@@ -18,10 +16,10 @@ from presage.core.plan import Draft, Facts, Grants, Keep
 from presage.core.protocols import EngineView, LatencyModel
 from presage.core.types import Ints, Singles
 from presage.draft.length.acceptance import Acceptance
-from presage.draft.length.learner import Learner
+from presage.draft.length.learner import Learner, padded
 from presage.draft.length.levels import best_level, chain_depths, level_curve
 from presage.draft.length.ready import affordable
-from presage.draft.length.scan import Choice, best_nodes
+from presage.draft.length.scan import CURIOUS, Choice, best_nodes
 from presage.draft.length.wishes import Wishes
 
 HOPE = 1.0
@@ -30,6 +28,7 @@ CHEAP = 0.01
 UNSURE = 0.3
 CREDIT = 2.0
 EAGER, PATIENT = 0.5, 0.06
+BOLD, BOLD_EVERY, KNOWN = 0.25, 64, 2.0
 
 
 @njit(cache=True, nogil=True)
@@ -62,15 +61,15 @@ def _earn(slot, asked, offset, keep, path, price, whole, gain, spread, idle):
 
 
 class Marginal:
-    """``num_speculative_tokens`` caps the nodes of a request and step. ``explore``: share of the step time spent on drafts that are not
-    expected to pay, to keep the estimates alive. ``latency``: a model of one's own instead of the learnt one.
+    """``num_speculative_tokens`` caps the nodes of a request and step. ``explore``: share of the emitted tokens that may be given
+    up for drafts that only keep the estimates alive. ``latency``: a model of one's own instead of the learnt one.
 
     Requests with a latency target (``due_each``) come first: prefixes in which every target is met are preferred (AdaServe's aim).
     """
 
-    def __init__(self, num_speculative_tokens: int = 64, explore: float = 0.005, latency: LatencyModel | None = None, **wishes: Any) -> None:
+    def __init__(self, num_speculative_tokens: int = 64, explore: float = 0.005, latency: LatencyModel | None = None, rule: str = "keyed") -> None:
         self.k, self.explore = num_speculative_tokens, explore
-        self.learner, self.acceptance = Learner(Wishes(**wishes), latency), Acceptance()
+        self.learner, self.acceptance = Learner(Wishes(rule), latency), Acceptance()
         self.gain = np.zeros(0)
         self._plain, self._rate, self._credit, self._usual = 0.0, 0.0, 0.0, HOPE
 
@@ -108,8 +107,12 @@ class Marginal:
         requests = int(np.count_nonzero(grants.draft))
         extra = self.learner.overhead.seconds(requests, int(grants.draft.max()) if requests else 0)
         batch = self.learner.planned(view, grants, draft)
-        path = self.acceptance.path(grants.slot, draft)
-        choice = best_nodes(batch, draft.offset, path, self.learner.latency(view), extra, self.learner.visits)
+        path, visits = self.acceptance.path(grants.slot, draft), self.learner.visits
+        bold = view.step % BOLD_EVERY == BOLD_EVERY - 1
+        if bold and visits[min(int(grants.tokens.sum()), len(visits) - 1)] < KNOWN:
+            # What the step takes without drafts is the yardstick of everything else, and nobody would measure it.
+            return Keep(best_nodes(batch, draft.offset, np.zeros_like(path), self.learner.latency(view)).keep, hold)
+        choice = best_nodes(batch, draft.offset, path, self.learner.latency(view), extra, visits, BOLD if bold else CURIOUS)
         self._settle(grants, draft, path, batch.whole, choice, extra)
         return Keep(choice.keep, hold)
 
@@ -151,15 +154,16 @@ class Marginal:
     def _planned(self, view: EngineView, slots: Ints, length: Ints) -> Ints:
         """How far expected acceptance by position justifies to draft, 0 included: counts by the scan, then the best depth to cut all at."""
         learner, latency = self.learner, self.learner.latency(view)
+        batch = learner.batch(slots, view, length)
+        n, extra = len(batch.start) + 1, learner.overhead.seconds(len(slots), 1)
         at, path = learner.positions.curves(slots, length)
-        extra = learner.overhead.seconds(len(slots), 1)
-        choice = best_nodes(learner.batch(slots, view, length), at, path.astype(np.float32), latency, extra, learner.visits)
+        choice = best_nodes(batch, padded(at, n, at[-1]), path.astype(np.float32), latency, extra, learner.visits)
         short = np.add.reduceat(choice.keep, at[:-1], dtype=np.int32)
         if not short.any():
             return short
         offset, depth = chain_depths(short)
         at, path = learner.positions.curves(slots, short)
-        tokens, seconds = level_curve(learner.batch(slots, view, short), offset, depth, at, path, latency)
+        tokens, seconds = level_curve(batch, padded(offset, n, offset[-1]), depth, padded(at, n, at[-1]), path, latency)
         price = np.array([learner.overhead.seconds(len(slots) if k else 0, k) for k in range(len(tokens))])
         return np.minimum(short, best_level(tokens, seconds, price)).astype(np.int32)
 
@@ -171,7 +175,7 @@ class Marginal:
         """
         self._plain, self._rate = choice.plain, choice.tokens / max(choice.seconds + extra, 1e-9)
         idle = np.empty(len(grants), np.int32)
-        price = self._rate * (choice.seconds - choice.plain)
+        price = self._rate * max(choice.seconds - choice.plain, 0.0)
         n, net = _earn(grants.slot, grants.draft, draft.offset, choice.keep, path, price, whole, self.gain, self.acceptance.spread, idle)
         self._usual += PATIENT * (net - self._usual)
         self._credit = min(self._credit + self.explore * choice.tokens, CREDIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 from presage.core.errors import ConfigError
@@ -24,6 +25,8 @@ def make_length(name: str, **options: Any) -> LengthController:
         raise ConfigError(f"unknown draft length policy {name!r}; known: {', '.join(sorted(known))}", param="length")
     module, _, attribute = known[name].partition(":")
     policy = getattr(import_module(module), attribute)
+    if "rule" in options and name not in LENGTHS and "rule" not in signature(policy).parameters:
+        options.pop("rule")  # the engine offers it to all; policies that never drop drafts need not know it
     try:
         made: LengthController = policy(**options)
     except TypeError as error:

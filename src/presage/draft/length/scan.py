@@ -112,13 +112,13 @@ def _prefixes(offset, path, bits, urgent, cap, whole, start, tokens, samples, sh
 
 
 @njit(cache=True, nogil=True)
-def _best(value, seconds, rows, visits, credit, extra):
+def _best(value, seconds, rows, visits, curious, credit, extra):
     """The prefix with most tokens per second; ``credit``: seconds of prompt work, ``extra``: seconds outside the model."""
     best, at = -1.0, 0
     for n in range(len(value)):
         # A row count that was hardly ever run may be faster than the model thinks: it is tried while it looks almost as good as the best.
         seen = visits[min(int(rows[n]), len(visits) - 1)] if len(visits) else math.inf
-        rate = value[n] / max(seconds[n] * (1.0 - CURIOUS / (1.0 + seen)) - credit + extra, 1e-9)
+        rate = value[n] / max(seconds[n] * (1.0 - curious / (1.0 + seen)) - credit + extra, 1e-9)
         if rate > best:
             best, at = rate, n
     return at
@@ -181,12 +181,20 @@ class Choice:
     order: Ints
 
 
-def best_nodes(batch: Batch, offset: Ints, path: Singles, latency: LatencyModel, extra: float = 0.0, visits: Floats = NO_VISITS) -> Choice:
+def best_nodes(
+    batch: Batch,
+    offset: Ints,
+    path: Singles,
+    latency: LatencyModel,
+    extra: float = 0.0,
+    visits: Floats = NO_VISITS,
+    curious: float = CURIOUS,
+) -> Choice:
     """The nodes worth verifying. ``offset`` [G + 1], ``path`` float32 [N] (never above the parent's, parents first).
 
     The mask is prefix-closed and holds at most ``cap`` nodes per span. Prompt rows in the step are work that is due anyway: their time does
     not count, only what a draft row costs beside them. ``visits`` [R]: how often each row count was run lately; empty = the model is
-    trusted. Linear in nodes.
+    trusted, else counts never run are taken to be faster by the share ``curious``. Linear in nodes.
     """
     total, spans = int(offset[-1]), len(batch.start)
     urgent = np.zeros(spans, np.bool_) if batch.each is None else np.isfinite(batch.each)
@@ -202,7 +210,7 @@ def best_nodes(batch: Batch, offset: Ints, path: Singles, latency: LatencyModel,
         assert batch.each is not None
         at = _best_within(value, seconds, credit, extra, offset, path, picked, batch.whole, batch.cap, batch.each)
     else:
-        at = _best(value, seconds, features[:, 0], visits, credit, extra)
+        at = _best(value, seconds, features[:, 0], visits, curious, credit, extra)
     row = max(float(seconds[min(last, 1)] - seconds[0]), 0.0)
     keep = np.zeros(total, np.bool_)
     keep[picked[:at]] = True

@@ -23,7 +23,7 @@ UNITS = (1.0, 64.0, 64.0, 65536.0, 1048576.0)
 PRIOR = (1e-2, 3e-3, 1e-3, 2e-3, 1e-3)
 BORROW = 1.0
 STREAK = 5
-WINDOW = 16.0
+WINDOW, SPOILT = 16.0, 0.7
 NEAR = math.exp(-1 / 8)
 
 
@@ -79,6 +79,8 @@ def _correct(log_ratio, seen, factor, bucket, new):
     for i in range(n):
         # Corrections nobody renews fade: a count that once looked slow is tried again.
         seen[i] *= 0.9995
+    if new < log_ratio[bucket] - SPOILT:
+        seen[bucket] = 0.0  # no step is that fast by accident: what was believed came from a pause or a compilation
     seen[bucket] = min(seen[bucket] + 1.0, WINDOW)
     log_ratio[bucket] += (new - log_ratio[bucket]) / seen[bucket]
     near = 0.0

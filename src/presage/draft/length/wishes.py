@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from presage.core.errors import RequestError
+from presage import verify
+from presage.core.errors import ConfigError, RequestError
 from presage.core.plan import NewIds
 from presage.core.request import Request
 
 UNCAPPED = (1 << 31) - 1
 
-REJECTION_RULES = frozenset({"rejection", "multi_step", "without_replacement", "block"})
-"""Rules that compare a draft with the distribution it was drawn from: what is judged must not depend on what was drawn."""
+def binding(rule: str) -> bool:
+    """Whether a rule compares drafts with the distribution they were drawn from: then what is judged must not depend on what was drawn.
+
+    True for rules that are exact only over the draws (lossless but not seed-stable), and for unknown ones.
+    """
+    try:
+        known = verify.get(rule)
+    except ConfigError:
+        return True
+    return known.lossless and not known.seed_stable
 
 
 def cap_of(draft: dict[str, Any] | None) -> int:
@@ -36,12 +44,13 @@ def cap_of(draft: dict[str, Any] | None) -> int:
 class Wishes:
     """Per-slot columns: ``cap`` [C] nodes, ``each`` [C] seconds allowed per token (inf = no target), ``bound`` [C] True under a rejection rule.
 
-    The loop drives it as a companion. Without that wiring every slot has the defaults, with ``rule`` for all of them.
+    The loop drives it as a companion. Without that wiring every slot has the defaults, and what ``rule``, the engine's, binds. A request's
+    own rule can only bind more.
     """
 
-    def __init__(self, rejection_rules: Collection[str] = REJECTION_RULES, rule: str = "keyed") -> None:
-        self.rules = frozenset(rejection_rules)
-        self._bound = rule in self.rules
+    def __init__(self, rule: str = "keyed") -> None:
+        self._binds = {rule: binding(rule)}
+        self._bound = self._binds[rule]
         self.cap = np.empty(0, np.int32)
         self.each = np.empty(0, np.float64)
         self.bound = np.empty(0, np.bool_)
@@ -66,7 +75,9 @@ class Wishes:
             self.cap[slot] = UNCAPPED
         self.each[slot] = req.due_each
         self.targets += math.isfinite(req.due_each)
-        self.bound[slot] = req.accept in self.rules
+        if req.accept not in self._binds:
+            self._binds[req.accept] = binding(req.accept)
+        self.bound[slot] = self._bound or self._binds[req.accept]
 
     def advance(self, new: NewIds) -> None:
         """Wishes do not change."""
