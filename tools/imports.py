@@ -20,7 +20,7 @@ PURE = {
     "core": frozenset[str](),
     "schedule": frozenset({"core"}),
     "cache": frozenset({"core"}),
-    "draft.length": frozenset({"core"}),
+    "draft.length": frozenset({"core", "verify"}),
     "program": frozenset({"core"}),
     "cluster.routers": frozenset({"core"}),
     "plan": frozenset({"core"}),

@@ -32,10 +32,10 @@ class WithoutReplacement(Rejection):
     Point masses (-1) and children of several drafters, each with a row of its own, may be mixed.
     """
 
-    def _proposals(self, trials: list[Trial], p: Floats, q: Floats) -> Iterator[tuple[int, int, Floats | None]]:
+    def _proposals(self, trials: list[Trial], p: Floats, q: Floats | None) -> Iterator[tuple[int, int, Floats | None]]:
         tried = dict[int, list[int]]()
         for child, token, row in trials:
-            if row < 0:
+            if row < 0 or q is None:
                 yield child, token, None
                 continue
             gone = tried.setdefault(row, [])
