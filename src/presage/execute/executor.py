@@ -46,14 +46,24 @@ class Judge(Companion, Protocol):
 class TorchExecutor:
     """Implements ``core.protocols.Executor`` on one model.
 
-    ``geometry``: KV groups and blocks; ``sampler``: judges logits; ``depth``: steps that may be in flight. A step that raises is posted as
+    ``geometry``: KV groups and blocks; ``sampler``: judges logits; ``depth``: steps that may be in flight; ``kv_cache_dtype``: as in
+    ``CacheConfig``, and as the geometry was made with. A step that raises is posted as
     a StepFault of its slots (or of those that its StepFailed names), and the executor goes on. ``submit`` never blocks.
     """
 
-    def __init__(self, model: Model, geometry: KVGeometry, sampler: Judge, *, pooling: Pooling = "last", depth: int = 2) -> None:
+    def __init__(
+        self,
+        model: Model,
+        geometry: KVGeometry,
+        sampler: Judge,
+        *,
+        pooling: Pooling = "last",
+        depth: int = 2,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         self.model, self.geometry, self.sampler, self.depth = model, geometry, sampler, depth
         self.layers = len(model.layers)
-        self.kv = PlainKV(model, geometry)
+        self.kv = PlainKV(model, geometry, kv_cache_dtype)
         self.run = Run(model, self.kv)
         self.pool = Pool(pooling)
         self._last = np.zeros(64, np.int32)
