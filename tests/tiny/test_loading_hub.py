@@ -93,7 +93,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 def attempt(what: str, name: str, home: Path, endpoint: str, **more: str) -> str:
     env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
-    result = subprocess.run([sys.executable, "-c", TRY, what, name], capture_output=True, text=True, timeout=60, env=env, check=False)
+    result = subprocess.run([sys.executable, "-c", TRY, what, name], capture_output=True, text=True, timeout=240, env=env, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
