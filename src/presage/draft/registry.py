@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from presage.core.checked import checked
 from presage.core.errors import ConfigError
 from presage.core.protocols import Drafter
 
@@ -18,6 +19,7 @@ DRAFTERS = {
     "lookahead": "presage.draft.lookahead:LookaheadDrafter",
     "model": "presage.draft.model:ModelDrafter",
     "early_exit": "presage.draft.early_exit:EarlyExitDrafter",
+    "speed": "presage.draft.speed:SpeedDrafter",
     "hybrid": "presage.draft.hybrid:HybridDrafter",
 }
 ALIASES = {"[ngram]": "ngram", "draft_model": "model"}  # vLLM's spellings
@@ -39,6 +41,8 @@ def make_drafter(method: str, config: Mapping[str, Any] | None = None, **context
     kind = _kind(ALIASES.get(method, method))
     if "drafters" in settings:
         common = {k: settings.pop(k) for k in ("num_speculative_tokens",) if k in settings}
+        if not isinstance(settings["drafters"], list):
+            raise ConfigError(f"drafter {method!r}: drafters must be a list", param="drafters")
         settings["drafters"] = [_part(part, common, context) for part in settings["drafters"]]
     takes = inspect.signature(kind).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
@@ -46,6 +50,7 @@ def make_drafter(method: str, config: Mapping[str, Any] | None = None, **context
     if unknown:
         known = ", ".join(name for name in takes if name not in context)
         raise ConfigError(f"drafter {method!r} has no setting {', '.join(unknown)}; known: {known}", param=unknown[0])
+    checked(kind, {k: v for k, v in settings.items() if k != "drafters"}, f"drafter {method!r}")
     settings |= {k: v for k, v in context.items() if k in takes and k not in settings}
     missing = [n for n, p in takes.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in settings]
     if missing:

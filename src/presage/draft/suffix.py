@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from presage.draft.suffix_draft import (
     SEEN,
     STORED,
     WIDTH,
+    advance_many,
     index_many,
     judge_many,
     speculate_many,
@@ -53,7 +55,11 @@ class SuffixDrafter(HostDrafter):
     ``num_speculative_tokens``: cap of a draft. ``..._max_spec_factor`` a and ``..._offset`` b: a match of m ids drafts up to a m + b.
     ``..._min_token_prob``: no node below it. ``..._tree``: trees instead of chains. ``..._max_tree_depth``: match and draft together.
     ``..._max_cached_requests`` / ``..._tokens``: what other responses are remembered (-1: all, 0 requests: none), ``..._eviction``: "fifo"
-    or "lru". A request may override factor, offset, probability and tree in its ``draft``. Raises ConfigError for values out of range.
+    or "lru". ``..._warm_up``: a JSONL of past outputs to begin with. A request may override factor, offset, probability and tree in its
+    ``draft``. Raises ConfigError for values out of range.
+
+    ``tokenizer`` (for past outputs that are text) and ``vocab_size`` (0: unknown; what is learnt from files is checked against it) are the
+    engine's.
     """
 
     source = "suffix"
@@ -69,6 +75,9 @@ class SuffixDrafter(HostDrafter):
         suffix_decoding_max_spec_offset: float = 0.0,
         suffix_decoding_min_token_prob: float = 0.1,
         suffix_decoding_tree: bool = False,
+        suffix_decoding_warm_up: str = "",
+        tokenizer: Any = None,
+        vocab_size: int = 0,
     ) -> None:
         super().__init__(num_speculative_tokens)
         if num_speculative_tokens > WIDTH:
@@ -84,16 +93,24 @@ class SuffixDrafter(HostDrafter):
         self.seat: Longs = np.zeros((8, SEAT), np.int64)
         self.knobs: Singles = np.zeros((8, KNOBS), np.float32)
         self.last: Ints = np.zeros((8, 3, num_speculative_tokens), np.int32)
-        self.scratch = _Scratch()
+        self.scratch = np.empty((ROWS, 2 * FRONTIER), np.int32), np.empty((REALS, 2 * FRONTIER), np.float32)
         self._keys: dict[int, Key] = {}
-        self._doomed: list[tuple[int, Ints]] = []
+        # Trees and ids to be taken back; whether the tree itself goes with them.
+        self._doomed: list[tuple[int, Ints, bool]] = []
+        # In a list, as arrays among the attributes are columns by slot.
+        self._marks = [sources(0, self.source)]
+        self._crowded = 65536
+        self.vocab_size = vocab_size
+        if suffix_decoding_warm_up:
+            self.warm_up(suffix_decoding_warm_up, None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False))
 
     # ---- companion
 
     def open(self, slot: int, req: Request) -> None:
         """A request took the slot. Its prompt is indexed by quota, its response is remembered unless it opted out."""
+        knobs = self._knobs_of(req.draft or {})
         super().open(slot, req)
-        self.knobs[slot] = self._knobs_of(req.draft or {})
+        self.knobs[slot] = knobs
         root, seat = self.forest.root(), self.seat[slot]
         seat[:] = 0
         seat[[ROOT, CURSOR, REACH]] = root, root, self.forest.depth
@@ -107,15 +124,25 @@ class SuffixDrafter(HostDrafter):
     def advance(self, new: NewIds) -> None:
         """Take in committed ids, after noting which drafts they confirm."""
         if self.library.lru:
-            for owner in judge_many(self.last, new.slot, new.off, new.ids).tolist():
+            writers = np.empty(len(new.slot), np.int32)
+            judge_many(self.last, new.slot, new.off, new.ids, writers)
+            for owner in writers.tolist():
                 self.library.touch(owner)
-        super().advance(new)
-        self._tidy()
+        left = self._take_in(new)
+        if left < 0:
+            super().advance(new)
+        elif left:
+            self._index(self._some[:left], self._upto[:left])
+        if self._doomed or self.forest.ctl[k.STATES] > self._crowded:
+            self._tidy()
 
     # ---- drafter
 
     def hint(self, view: EngineView) -> Ints:
-        """Most nodes [C] each slot could get: its longest match when it was last looked up can only have grown by the ids since."""
+        """Most nodes [C] each slot could get, taking its longest match when it was last looked up to have grown by the ids since.
+
+        What other requests stored meanwhile may make a longer match; the next look-up finds it.
+        """
         out = np.zeros(len(view.known), np.int32)
         m = min(len(out), len(self.cap))
         seat, knobs = self.seat[:m], self.knobs[:m]
@@ -131,14 +158,16 @@ class SuffixDrafter(HostDrafter):
     def speculate(self, slots: Ints, budget: Ints) -> tuple[Draft, Singles]:
         """``draft`` and, per grant, (match length, 1 own / 2 shared tree / 0 none, sum of probabilities) as float32 [G, 3]."""
         g = len(slots)
-        nodes, prob = self.scratch.nodes(int(budget.sum()))
+        room = g * self.num_speculative_tokens
+        if room > len(self._marks[0]):
+            self._marks[0] = sources(2 * room, self.source)
         offset, info = np.empty(g + 1, np.int32), np.empty((g, 3), np.float32)
+        nodes, prob = np.empty(3 * room, np.int32), np.empty(room, np.float32)
         n = speculate_many(
             *self.forest.pools, self.tokens.data, self.start, self.length, self.done, self.seat, self.knobs, self.last, slots, budget,
-            self.scratch.ints, self.scratch.reals, offset, nodes, prob, info,
+            *self.scratch, offset, nodes, prob, info,
         )  # fmt: skip
-        token, parent, depth = nodes[:, :n].copy()
-        return Draft(offset, token, parent, depth, prob[:n].copy(), sources(n, self.source)), info
+        return Draft(offset, nodes[:n], nodes[room : room + n], nodes[2 * room : 2 * room + n], prob[:n], self._marks[0][:n]), info
 
     # ---- memory
 
@@ -149,7 +178,10 @@ class SuffixDrafter(HostDrafter):
         return len(done)
 
     def restore(self, path: str | Path, fingerprint: str) -> int:
-        """Add the responses of a file to those remembered; returns how many. Raises CheckpointError for a damaged or foreign file."""
+        """Add the responses of a file to those remembered; returns how many.
+
+        Raises CheckpointError for a damaged or foreign file, ConfigError for ids beyond the vocabulary.
+        """
         return self._learn(suffix_store.read(Path(path), fingerprint))
 
     def warm_up(self, path: str | Path, encode: Callable[[str], list[int]] | None = None) -> int:
@@ -158,7 +190,7 @@ class SuffixDrafter(HostDrafter):
 
     def stats(self) -> dict[str, float]:
         """Responses and ids remembered, states and edges live, bytes per id stored in any tree (ids included)."""
-        held = self.library.tokens + int(self.done.sum() + self.seat[:, STORED].sum())
+        held = self._held()
         size = self.forest.nbytes() + 4 * held
         return {
             "responses": len(self.library.entries),
@@ -170,8 +202,18 @@ class SuffixDrafter(HostDrafter):
 
     # ---- inside
 
+    def _take_in(self, new: NewIds) -> int:
+        """Indexes at once too: one kernel call a step. What remains, for want of room, the base class does."""
+        if len(self._some) < len(new.slot):
+            self._some, self._upto = (np.zeros(2 * len(new.slot), np.int32) for _ in range(2))
+        left: int = advance_many(
+            *self.forest.pools, self.tokens.data, self.start, self.room, self.length, self.prompt, self.done, self.cap, self.seat,
+            new.slot, new.off, new.ids, self.quota, self._some, self._upto, self.forest.work[0],
+        )  # fmt: skip
+        return left
+
     def _index(self, slots: Ints, upto: Ints) -> None:
-        while not index_many(*self.forest.pools, self.tokens.data, self.start, self.prompt, self.done, self.seat, slots, upto):
+        while not index_many(*self.forest.pools, self.tokens.data, self.start, self.prompt, self.done, self.seat, slots, upto, self.forest.work[0]):
             self.forest.grow()
 
     def _forget(self, slot: int, known: int) -> None:
@@ -193,7 +235,7 @@ class SuffixDrafter(HostDrafter):
             self.library.finish(owner, ids)
             self._make_room(owner)
         if seat[ROOT]:
-            self._doomed.append((int(seat[ROOT]), self._ids(slot, int(self.done[slot])).copy()))
+            self._doomed.append((int(seat[ROOT]), self._ids(slot, int(self.done[slot])).copy(), True))
         seat[:] = 0
         self.last[slot, 1, 0] = -2
         self._keys.pop(slot, None)
@@ -209,26 +251,34 @@ class SuffixDrafter(HostDrafter):
 
     def _make_room(self, spare: int) -> None:
         while (owner := self.library.victim(spare)) >= 0:
-            slot = self.library.entries[owner].slot
-            self.library.evict(owner, self.library.entries[owner].ids if slot < 0 else self._response(slot))
-            if slot >= 0:
-                self.seat[slot, [GCURSOR, STORED]] = 0
+            entry = self.library.forget(owner)
+            ids = entry.ids
+            if entry.slot >= 0:
+                ids = self._response(entry.slot).copy()
+                self.seat[entry.slot, [GCURSOR, STORED]] = 0
+            self._doomed.append((self.library.root(entry.key), ids, False))
 
     def _tidy(self) -> None:
-        """Own trees of finished requests go by quota, newest ids first; pools that hold too many unmerged states are rebuilt."""
-        left = self.quota
+        """What is to be forgotten goes by quota, newest ids first; pools that hold too many unmerged states are rebuilt."""
+        left = self.quota // 8 * (1 + len(self._doomed) // 8)
         while self._doomed and left > 0:
-            root, ids = self._doomed.pop()
+            root, ids, whole = self._doomed.pop()
             keep = max(0, len(ids) - left)
             self.forest.remove(root, ids, keep)
             left -= len(ids) - keep
             if keep:
-                self._doomed.append((root, ids[:keep]))
-            else:
+                self._doomed.append((root, ids[:keep], whole))
+            elif whole:
                 self.forest.drop_root(root)
-        held = self.library.tokens + int(self.done.sum() + self.seat[:, STORED].sum())
-        if self.forest.ctl[k.STATES] > 2 * held + 65536 and not self._doomed:
-            self._rebuild()
+        if self.forest.ctl[k.STATES] > self._crowded and not self._doomed:
+            # At worst a little under two states an id are needed; twice what is there is a sign of many that could be merged.
+            if self.forest.ctl[k.STATES] > 2 * self._held():
+                self._rebuild()
+            self._crowded = int(1.5 * self.forest.ctl[k.STATES]) + 65536
+
+    def _held(self) -> int:
+        """Ids in all trees."""
+        return self.library.tokens + int(self.done.sum() + self.seat[:, STORED].sum())
 
     def _rebuild(self) -> None:
         self.forest.clear()
@@ -243,28 +293,20 @@ class SuffixDrafter(HostDrafter):
             self._index(np.array([slot], np.int32), upto)
 
     def _learn(self, sequences: list[tuple[Key, Ints]]) -> int:
-        return self.library.add(sequences) if self.library.max_requests else 0
+        most = max((int(ids.max()) for _, ids in sequences if len(ids)), default=0)
+        if 0 < self.vocab_size <= most:
+            raise ConfigError(f"a past output has id {most}, the vocabulary has {self.vocab_size}", param="suffix_decoding_warm_up")
+        stored = self.library.add(sequences) if self.library.max_requests else 0
+        self._make_room(-1)
+        return stored
 
     def _knobs_of(self, asked: dict[str, Any]) -> tuple[float, float, float, float]:
-        factor, offset, floor, tree = (float(asked.get(name, self.defaults[name])) for name in _KNOBS)
+        try:
+            factor, offset, floor, tree = (float(asked.get(name, self.defaults[name])) for name in _KNOBS)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{', '.join(_KNOBS)} must be numbers ({error})", param=_KNOBS[0]) from None
         if not (math.isfinite(factor) and factor >= 0 and math.isfinite(offset) and 0 <= floor <= 1):
             raise ConfigError(
                 f"need a finite factor >= 0 ({factor}), a finite offset ({offset}) and 0 <= min_token_prob <= 1 ({floor})", param=_KNOBS[0]
             )
         return factor, offset, floor, tree
-
-
-class _Scratch:
-    """Arrays that kernels write to, kept between calls."""
-
-    def __init__(self) -> None:
-        self.ints: Ints = np.empty((ROWS, 2 * FRONTIER), np.int32)
-        self.reals: Singles = np.empty((REALS, 2 * FRONTIER), np.float32)
-        self._nodes: Ints = np.empty((3, 1024), np.int32)
-        self._prob: Singles = np.empty(1024, np.float32)
-
-    def nodes(self, n: int) -> tuple[Ints, Singles]:
-        """Room for ``n`` nodes: ids, parents, depths; probabilities."""
-        if n > len(self._prob):
-            self._nodes, self._prob = np.empty((3, 2 * n), np.int32), np.empty(2 * n, np.float32)
-        return self._nodes, self._prob

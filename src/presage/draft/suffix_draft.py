@@ -11,8 +11,8 @@ Arithmetic is float32 in ArcticInference's order, so that in path mode the draft
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from presage.draft.host import _take_in as take_in
 from presage.draft.suffix_tree import (
     BCNT,
     BEST,
@@ -25,10 +25,11 @@ from presage.draft.suffix_tree import (
     NEXT,
     ONE_CHILD,
     OWNER,
-    SCRATCH,
     TO,
     TOK,
     append_one,
+    inlined,
+    kernel,
     length_of,
     match,
 )
@@ -40,35 +41,18 @@ ROOT, CURSOR, GROOT, GCURSOR, GOWNER, STORED, REACH, SEEN, SEAT = range(9)
 FACTOR, OFFSET, MIN_PROB, TREE, KNOBS = range(5)
 # Scratch. ``ints``: four rows (ids, parents, depths, states) of the best draft, of the one being made, of its frontier.
 # ``reals``: their probabilities, and running sums of the one being made.
-BEST_ROW, NEW, EDGE_ROW, ROWS = 0, 4, 8, 12
+NEW, EDGE_ROW, ROWS = 4, 8, 12
 SUMS, REALS = 3, 4
 WIDTH = 256
-WARM = 0
 FRONTIER = 1024
 
 
-@njit(cache=True, nogil=True)
-def _warm(S, seat, slots):
-    """Walk the cursors' suffix links level by level: loads of different slots overlap, where one slot's would wait for each other."""
-    w = np.empty(2 * len(slots), np.int64)
-    for i in range(len(slots)):
-        w[2 * i], w[2 * i + 1] = seat[slots[i], CURSOR], max(0, seat[slots[i], GCURSOR])
-    for _ in range(WARM):
-        for i in range(len(w)):
-            # State 0 is nobody's and its link -1: both ends of a walk stay there.
-            w[i] = max(np.int64(0), np.int64(S[w[i], LINK]))
-    return w[0]
-
-
-@njit(cache=True, nogil=True)
-def index_many(ctl, S, E, B, data, start, prompt, done, seat, slots, upto):
+@kernel
+def index_many(ctl, S, E, B, data, start, prompt, done, seat, slots, upto, W):
     """Append ids [done, upto) of each slot to its own tree, and those of its response to the shared one too.
 
     Returns False, with what was done recorded in ``done`` and ``seat``, when the pools must grow first.
     """
-    W = np.empty((3, SCRATCH), np.int64)
-    if len(slots) > 1:
-        _warm(S, seat, slots)
     for i in range(len(slots)):
         s = slots[i]
         while done[s] < upto[i]:
@@ -87,10 +71,18 @@ def index_many(ctl, S, E, B, data, start, prompt, done, seat, slots, upto):
     return True
 
 
-@njit(cache=True, nogil=True)
-def append_many(ctl, S, E, B, root, ids, off, cursor, done, owner):
+@kernel
+def advance_many(ctl, S, E, B, data, start, room, length, prompt, done, cap, seat, slots, off, ids, quota, some, upto, W):
+    """Take new ids in and index them: ``take_in`` and ``index_many`` in one call. Returns 0, or what ``take_in`` said if work is left."""
+    n = take_in(data, start, room, length, prompt, done, cap, slots, off, ids, quota, 0, some, upto)
+    if n > 0 and index_many(ctl, S, E, B, data, start, prompt, done, seat, some[:n], upto[:n], W):
+        return 0
+    return n
+
+
+@kernel
+def append_many(ctl, S, E, B, root, ids, off, cursor, done, owner, W):
     """Append sequences ``ids[off[i]:off[i+1]]`` at ``cursor[i]``; ``done[i]`` ids of each are in already. False: the pools must grow."""
-    W = np.empty((3, SCRATCH), np.int64)
     for i in range(len(cursor)):
         while off[i] + done[i] < off[i + 1]:
             p = append_one(ctl, S, E, B, root, cursor[i], ids[off[i] + done[i]], owner[i], W)
@@ -101,14 +93,14 @@ def append_many(ctl, S, E, B, root, ids, off, cursor, done, owner):
     return True
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def allowed(m, factor, offset, cap):
     """Ids that a match of ``m`` may draft."""
     k = np.int64(np.float64(np.float32(m) * factor + offset) + 1e-6)
     return max(0, min(k, cap))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _chain(S, E, v, k, floor, ints, reals):
     """Follow the most frequent children for up to ``k`` ids; ``reals[SUMS, n]`` is the sum of the first n probabilities. Returns how many."""
     n, sure, total = 0, np.float32(1), np.float32(0)
@@ -124,7 +116,7 @@ def _chain(S, E, v, k, floor, ints, reals):
     return n
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def promising(S, E, v, k, best):
     """Whether k ids after state ``v``, none likelier than its best child, could reach a sum of more than ``best``."""
     if S[v, DEG] < ONE_CHILD:
@@ -133,7 +125,7 @@ def promising(S, E, v, k, best):
     return k * np.float32(S[v, BCNT]) > best * np.float32(0.99999) * np.float32(S[v, COUNT])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_chain(ctl, S, E, root, v, longest, knob, cap, best, ints, reals):
     """The best chain over all matches of up to ``longest`` ids from state ``v`` on, if its sum beats ``best``: (sum, match, ids)."""
     depth, found, nodes = ctl[DEPTH], 0, 0
@@ -158,13 +150,13 @@ def best_chain(ctl, S, E, root, v, longest, knob, cap, best, ints, reals):
     return best, found, nodes
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _put(ints, reals, n, t, u, parent, level, p):
     ints[EDGE_ROW, n], ints[EDGE_ROW + 1, n], ints[EDGE_ROW + 2, n], ints[EDGE_ROW + 3, n], reals[2, n] = t, parent, level, u, p
     return n + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _offer(S, E, v, sure, parent, level, floor, ints, reals, size):
     """Put the children of a node whose D reaches the floor on the frontier; returns its new size. D sums to at most 1 there."""
     total = np.float32(S[v, COUNT])
@@ -184,7 +176,7 @@ def _offer(S, E, v, sure, parent, level, floor, ints, reals, size):
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pick(S, ints, reals, size, top):
     """Index of the likeliest frontier node; on equal D the earliest parent, then its most frequent child, then the smallest id."""
     b = 0
@@ -204,7 +196,7 @@ def _pick(S, ints, reals, size, top):
     return b
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _grow_tree(S, E, v, k, deepest, floor, ints, reals):
     """Best-first tree of up to ``k`` nodes under ``v``: (nodes, sum of D)."""
     n, total = 0, np.float32(0)
@@ -224,33 +216,42 @@ def _grow_tree(S, E, v, k, deepest, floor, ints, reals):
     return n, total
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def _keep_tree(n, ints, reals):
+    """The tree just made becomes the best one."""
+    for r in range(4):
+        for j in range(n):
+            ints[r, j] = ints[NEW + r, j]
+    for j in range(n):
+        reals[0, j] = reals[1, j]
+
+
+@kernel
 def best_tree(ctl, S, E, root, v, longest, knob, cap, best, ints, reals):
-    """As ``best_chain``, with trees."""
+    """As ``best_chain``, with trees.
+
+    Of a state's matches the longest that its depth does not cut comes first: shorter ones only draft less, and longer ones, though they win
+    ties, are cut to fewer levels, whose D sum to at most 1 each.
+    """
     depth, found, nodes = ctl[DEPTH], 0, 0
     factor, offset, floor = knob[FACTOR], knob[OFFSET], max(knob[MIN_PROB], np.float32(1 / FRONTIER))
     while v != root:
-        high, low = min(length_of(S, v), longest), length_of(S, S[v, LINK]) + 1
-        for m in range(high, low - 1, -1):
+        m, high, low, here = min(length_of(S, v), longest), min(length_of(S, v), longest), length_of(S, S[v, LINK]) + 1, False
+        while m > low and depth - m < allowed(m, factor, offset, cap):
+            m -= 1
+        while low <= m <= high and (depth - m) * np.float32(1.0001) >= best:
             k = allowed(m, factor, offset, cap)
-            if not promising(S, E, v, k, best):
-                break
-            n, total = _grow_tree(S, E, v, k, depth - m, floor, ints, reals)
-            if total > best:
-                best, found, nodes = total, m, n
-                for r in range(4):
-                    for j in range(n):
-                        ints[r, j] = ints[NEW + r, j]
-                for j in range(n):
-                    reals[0, j] = reals[1, j]
-            # A tree of k nodes is at most k deep: while that is within the limit, shorter matches of the same state only draft less.
-            if depth - m >= k:
-                break
+            if promising(S, E, v, k, best):
+                n, total = _grow_tree(S, E, v, k, depth - m, floor, ints, reals)
+                if total > best or (here and total == best):
+                    best, found, nodes, here = total, m, n, True
+                    _keep_tree(n, ints, reals)
+            m += 1
         v = S[v, LINK]
     return best, found, nodes
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _search(ctl, S, E, root, v, longest, knob, cap, best, ints, reals):
     """The better of ``best`` and what one tree offers, and the longest match that was ever continued there."""
     reach, w = 0, v
@@ -265,7 +266,7 @@ def _search(ctl, S, E, root, v, longest, knob, cap, best, ints, reals):
     return best, found, n, reach
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _speculate(ctl, S, E, B, data, end, known, seat, knob, cap, ints, reals):
     """Draft for one slot into the best rows: (ids, match length, tree, sum of D). Own text first: the shared tree must beat it."""
     longest = min(known, ctl[DEPTH]) - 1
@@ -285,21 +286,20 @@ def _speculate(ctl, S, E, B, data, end, known, seat, knob, cap, ints, reals):
     return n, found, tree, best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def speculate_many(ctl, S, E, B, data, start, length, done, seat, knobs, last, slots, budget, ints, reals, offset, nodes, prob, info):
-    """Drafts for all slots in one call. ``nodes`` [3, N]: ids, parents, depths; ``info`` [G, 3]: match length, 1 own / 2 shared tree, sum of D.
+    """Drafts for all slots in one call. ``nodes`` [3 N]: ids, parents, depths; ``info`` [G, 3]: match length, 1 own / 2 shared tree, sum of D.
 
     ``last`` [slots, 3, cap] keeps ids, parents and writers (-1: own tree) for ``judge_many``. No draft while ids wait to be indexed.
     """
-    at = 0
-    offset[0] = 0
+    at, offset[0], room = 0, 0, len(prob)
     for i in range(len(slots)):
         s, n, found, tree, best = slots[i], 0, 0, 0, np.float32(0)
         cap = min(budget[i], last.shape[2])
         if cap > 0 and done[s] > 1 and done[s] == length[s]:
             n, found, tree, best = _speculate(ctl, S, E, B, data, start[s] + done[s], done[s], seat[s], knobs[s], cap, ints, reals)
         for j in range(n):
-            nodes[0, at + j], nodes[1, at + j], nodes[2, at + j], prob[at + j] = ints[0, j], ints[1, j], ints[2, j], reals[0, j]
+            nodes[at + j], nodes[room + at + j], nodes[2 * room + at + j], prob[at + j] = ints[0, j], ints[1, j], ints[2, j], reals[0, j]
             last[s, 0, j], last[s, 1, j], last[s, 2, j] = ints[0, j], ints[1, j], S[ints[3, j], OWNER] if tree == 2 else -1
         if n < last.shape[2]:
             last[s, 1, n] = -2
@@ -309,16 +309,17 @@ def speculate_many(ctl, S, E, B, data, start, length, done, seat, knobs, last, s
     return at
 
 
-@njit(cache=True, nogil=True)
-def judge_many(last, slots, off, ids):
-    """Writers [G] of the deepest node of each slot's last draft that the new ids confirm, -1 if none or its own; drafts are forgotten."""
-    out = np.full(len(slots), -1, np.int32)
+@kernel
+def judge_many(last, slots, off, ids, out):
+    """Into ``out`` [G]: the writers of the deepest node of each slot's last draft that the new ids confirm, -1 if none or its own.
+
+    The drafts are forgotten.
+    """
     for i in range(len(slots)):
         s, at, j = slots[i], off[i], 0
-        node = -1
+        node, out[i] = -1, -1
         while j < last.shape[2] and last[s, 1, j] > -2 and at < off[i + 1]:
             if last[s, 1, j] == node and last[s, 0, j] == ids[at]:
                 out[i], node, at = last[s, 2, j], j, at + 1
             j += 1
         last[s, 1, 0] = -2
-    return out

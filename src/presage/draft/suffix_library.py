@@ -72,15 +72,14 @@ class Library:
         over = 0 <= self.max_requests < len(self.entries) or 0 <= self.max_tokens < self.tokens
         return next((owner for owner in self.entries if owner != spare), -1) if over else -1
 
-    def evict(self, owner: int, ids: Ints) -> Entry:
-        """Take a response (``ids`` of it are in the tree) back; a namespace without responses keeps only its root."""
+    def forget(self, owner: int) -> Entry:
+        """Take a response off the list; what is in its tree is the caller's to remove."""
         entry = self.entries.pop(owner)
-        self.forest.remove(self.roots[entry.key], ids)
         self.tokens -= len(entry.ids)
         return entry
 
     def add(self, sequences: list[tuple[Key, Ints]]) -> int:
-        """Store complete responses, oldest first; of too many only the last. Returns how many were stored."""
+        """Store complete responses, oldest first; of too many only the last. Returns how many were stored; older ones may be victims now."""
         keep = sequences if self.max_requests < 0 else sequences[max(0, len(sequences) - self.max_requests) :]
         groups: dict[Key, list[tuple[int, Ints]]] = {}
         for key, ids in keep:
@@ -90,8 +89,6 @@ class Library:
                 self.finish(owner, ids)
         for key, group in groups.items():
             self._insert(key, group)
-        while (old := self.victim()) >= 0:
-            self.evict(old, self.entries[old].ids)
         return sum(len(group) for group in groups.values())
 
     def rebuild(self) -> None:

@@ -18,6 +18,8 @@ again are not: counts stay exact, and the drafter rebuilds when there are too ma
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -29,22 +31,26 @@ FROM, TOK, TO, NEXT, PREV, CHAIN, RUN, HEAD = range(8)
 STOP, SFREE, STATES, ETOP, EFREE, EDGES, RTOP, RFREE, MASK, DEPTH, CTL = range(11)
 ONE_CHILD = 256
 SCRATCH = 2 * 256
+# Without the runtime's reference counts, whose atomic increments took a quarter of an insertion: kernels cannot allocate, callers bring scratch.
+_LEAN: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+kernel = njit(**_LEAN)
+inlined = njit(**_LEAN, inline="always")
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def length_of(S, v):
     """Length of the longest string of a state."""
     return S[v, DEG] & 255
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def bucket_of(ctl, v, t):
     """Hash bucket of (state, id)."""
     h = np.uint64(v) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(t) * np.uint64(0xC2B2AE3D27D4EB4F)
     return np.int64((h >> np.uint64(29)) & np.uint64(ctl[MASK]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find_edge(ctl, E, B, v, t):
     """Edge of a state with two children or more, -1 if it has none for ``t``."""
     e = B[bucket_of(ctl, v, t)]
@@ -53,7 +59,7 @@ def find_edge(ctl, E, B, v, t):
     return e
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def child(ctl, S, E, B, v, t):
     """State of the strings of ``v`` (shorter than depth) followed by ``t``, or -1."""
     if S[v, BTOK] == t:
@@ -64,7 +70,7 @@ def child(ctl, S, E, B, v, t):
     return E[e, TO] if e >= 0 else np.int32(-1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def new_state(ctl, S, length, link, owner):
     """A childless state with count 0. The caller made sure that there is room."""
     v = ctl[SFREE]
@@ -79,7 +85,7 @@ def new_state(ctl, S, length, link, owner):
     return v
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def free_state(ctl, S, v):
     """Return a state that nothing refers to."""
     S[v, EDGE], S[v, COUNT], S[v, OWNER] = ctl[SFREE], -1, -1
@@ -87,7 +93,7 @@ def free_state(ctl, S, v):
     ctl[STATES] -= 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _new_run(ctl, E, e):
     r = ctl[RFREE]
     if r >= 0:
@@ -99,7 +105,7 @@ def _new_run(ctl, E, e):
     E[e, RUN] = r
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leave_run(ctl, E, e):
     """An edge leaves its run before it moves in its list."""
     r, after = E[e, RUN], E[e, NEXT]
@@ -111,7 +117,7 @@ def _leave_run(ctl, E, e):
             ctl[RFREE] = r
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unlist(S, E, v, e):
     before, after, head = E[e, PREV], E[e, NEXT], S[v, EDGE]
     if head == e:
@@ -124,7 +130,7 @@ def _unlist(S, E, v, e):
         E[head, PREV] = before
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _list_before(S, E, v, e, f):
     """Put a free edge in front of ``f``."""
     before = E[f, PREV]
@@ -135,7 +141,7 @@ def _list_before(S, E, v, e, f):
         E[before, NEXT] = e
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _list_after(S, E, v, e, f):
     """Put a free edge behind ``f``."""
     after = E[f, NEXT]
@@ -143,7 +149,7 @@ def _list_after(S, E, v, e, f):
     E[after if after >= 0 else S[v, EDGE], PREV] = e
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _push_edge(ctl, S, E, B, v, t, u, count):
     """A new edge at the end of the list; no edge there has a smaller count. The child being added has 0 until it is counted: take 1."""
     e = ctl[EFREE]
@@ -169,7 +175,7 @@ def _push_edge(ctl, S, E, B, v, t, u, count):
         _new_run(ctl, E, e)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _drop_edge(ctl, S, E, B, v, t):
     b = bucket_of(ctl, v, t)
     e, last = B[b], -1
@@ -186,7 +192,7 @@ def _drop_edge(ctl, S, E, B, v, t):
     ctl[EDGES] -= 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_child(ctl, S, E, B, v, t, u):
     """A child that is about to get count 1; ``v`` has none for ``t``."""
     if S[v, DEG] < ONE_CHILD:
@@ -198,14 +204,14 @@ def _add_child(ctl, S, E, B, v, t, u):
     S[v, DEG] += ONE_CHILD
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _first_child(S, E, v):
     """Copy the first edge into the state."""
     e = S[v, EDGE]
     S[v, BEST], S[v, BTOK], S[v, BCNT] = E[e, TO], E[e, TOK], S[E[e, TO], COUNT]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _raise(ctl, S, E, v, e, c):
     """Move the edge of a child whose count just became ``c``, more than 1."""
     first = S[v, EDGE]
@@ -237,7 +243,7 @@ def _raise(ctl, S, E, v, e, c):
         _first_child(S, E, v)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _lower(ctl, S, E, v, e, c):
     """Move the edge of a child whose count just fell to ``c``, at least 1."""
     r, last = E[e, RUN], e
@@ -255,7 +261,7 @@ def _lower(ctl, S, E, v, e, c):
     _first_child(S, E, v)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _drop_child(ctl, S, E, B, v, t):
     """Remove the child for ``t``; the last one left moves from its edge into the state."""
     S[v, DEG] -= ONE_CHILD
@@ -268,7 +274,7 @@ def _drop_child(ctl, S, E, B, v, t):
         _drop_edge(ctl, S, E, B, v, S[v, BTOK])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _childless(ctl, S, E, B, v):
     """Forget the children of a state, not their counts."""
     while S[v, EDGE] >= 0:
@@ -277,7 +283,7 @@ def _childless(ctl, S, E, B, v):
     S[v, BEST], S[v, BTOK], S[v, BCNT] = -1, -1, 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gather(ctl, S, E, B, root, v, t, W):
     """Rows of ``W``: the states before ``t`` from ``v`` to the root, their children for it (-1: none) and edges (-1: in the state itself).
 
@@ -298,12 +304,12 @@ def _gather(ctl, S, E, B, root, v, t, W):
             u = np.int64(S[v, BEST])
         W[0, n], W[1, n], W[2, n] = v, u, e
         n += 1
-        missing += u < 0
+        missing += int(u < 0)
         v = S[v, LINK]
     return n, missing
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _split(ctl, S, E, B, t, first, n, size, W):
     """Strings of the child of ``W[0, first]`` up to ``size`` ids get a state of their own: they are about to end where longer ones do not.
 
@@ -335,7 +341,7 @@ def _split(ctl, S, E, B, t, first, n, size, W):
     return n
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _insert(ctl, S, E, B, t, j, n, q, c, W):
     """State ``q`` in column ``j`` was split: its shorter strings ``c`` come next, or instead of it if nothing may follow q any more."""
     at = j if S[q, DEG] < ONE_CHILD else j + 1
@@ -352,7 +358,7 @@ def _insert(ctl, S, E, B, t, j, n, q, c, W):
     return n
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _count(ctl, S, E, root, n, owner, W):
     """One more occurrence of every string that ends here: each state after the id is the child of one or more before it."""
     last = np.int64(-1)
@@ -370,7 +376,7 @@ def _count(ctl, S, E, root, n, owner, W):
                 S[v, BCNT] = c
 
 
-@njit(cache=True, nogil=True, inline="always")
+@inlined
 def short_of(S, p, depth):
     """The state of the cursor's strings that are shorter than depth: those may grow by one id."""
     if length_of(S, p) == depth:
@@ -380,7 +386,7 @@ def short_of(S, p, depth):
     return np.int64(p)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def append_one(ctl, S, E, B, root, p, t, owner, W):
     """Append id ``t`` to the sequence with cursor ``p``; returns the new cursor, or -1 with no effect if the pools have no room.
 
@@ -414,7 +420,7 @@ def append_one(ctl, S, E, B, root, p, t, owner, W):
     return new
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def match(ctl, S, E, B, root, ids, a, b):
     """Longest suffix of ``ids[a:b]`` (at most depth ids) that is stored: (its state, its length)."""
     v, size = np.int64(root), 0
@@ -430,7 +436,7 @@ def match(ctl, S, E, B, root, ids, a, b):
     return v, size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _uncount(ctl, S, E, B, root, t, n, W, dead):
     """Take one occurrence back; returns how many states in ``dead`` have none left."""
     gone, last = 0, np.int64(-1)
@@ -452,13 +458,12 @@ def _uncount(ctl, S, E, B, root, t, n, W, dead):
     return gone
 
 
-@njit(cache=True, nogil=True)
-def remove_tail(ctl, S, E, B, root, ids, a, b):
-    """Take back ids [a, b) of a sequence that ends at ``b``; returns the cursor at ``a``."""
-    depth = ctl[DEPTH]
+@kernel
+def remove_tail(ctl, S, E, B, root, ids, a, b, W, dead):
+    """Take back ids [a, b) of a sequence that ends at ``b``; returns the cursor at ``a``. ``W`` and ``dead`` [2, 256] int64 are scratch."""
+    depth, last = ctl[DEPTH], 0
     p, _ = match(ctl, S, E, B, root, ids, max(0, a - depth), a)
     cursor = p
-    dead, last, W = np.empty((2, depth + 1), np.int64), 0, np.empty((3, SCRATCH), np.int64)
     for i in range(a, b):
         n, _ = _gather(ctl, S, E, B, root, short_of(S, p, depth), ids[i], W)
         u = W[1, 0]
@@ -472,7 +477,7 @@ def remove_tail(ctl, S, E, B, root, ids, a, b):
     return cursor
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def rehash(ctl, E, B):
     """Fill an empty bucket array from the edges; ``ctl[MASK]`` is its length - 1 already."""
     B[:] = -1

@@ -8,12 +8,14 @@ from presage.core.plan import BlockTable, Draft, Grants, Moves, StepPlan
 from presage.core.protocols import KVCache
 from presage.core.table import Arena, Table
 from presage.core.types import Ints, Words
-from presage.engine.kernels import bind_rows, bind_spans, bind_table, bind_tree, table_size
+from presage.engine.kernels import bind_rows, bind_spans, bind_table, bind_tree, reach, table_size
 
 
 def frontier(table: Table, grants: Grants, lane: int) -> Ints:
     """Tokens each grant will have computed: its explicit start or the lane's frontier now, plus its tokens."""
-    return np.asarray(np.where(grants.start < 0, table.computed[grants.slot, lane], grants.start) + grants.tokens, np.int32)
+    out = np.empty(len(grants), np.int32)
+    reach(grants.slot, grants.start, grants.tokens, table.computed[:, lane], out)
+    return out
 
 
 def bind(step: int, lane: int, table: Table, arena: Arena, kv: KVCache, grants: Grants, draft: Draft, moves: Moves, layers: int) -> StepPlan:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,11 @@ from presage.cache.manager import BlockManager
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
 from presage.core.events import Abort, Arrive
-from presage.core.kv import KVGeometry
+from presage.core.kv import KVGeometry, KVGroup
 from presage.core.request import Request
 from presage.core.table import Table
 from presage.core.types import Wait
+from presage.draft.lanes import Lanes
 from presage.draft.settings import parse_speculative
 from presage.engine.cutter import Cutter
 from presage.engine.driver import WallDriver
@@ -99,7 +101,9 @@ def build_engine(
     # oversubscribed, whose workers then sleep between kernels instead of waiting a moment (70 us a kernel instead of 2).
     checkpoint, model, dtype = in_passing_thread(lambda: load_model(config, progress))
     max_len = model.max_len
-    geometry = _geometry(config, model, max_len)
+    lanes = Lanes(model, lambda *draft: _load_draft(config, *draft), config.scheduler.max_num_batched_tokens)
+    drafting = _drafting(config, model, lanes)
+    geometry, *others = _geometries(config, [model, *lanes.models], max_len)
     m = config.model
     tokenizer = Tokenizer.load(m.tokenizer or checkpoint, m.revision if m.tokenizer else None, m.chat_template)
     eos = sorted(tokenizer.eos_ids)
@@ -111,26 +115,30 @@ def build_engine(
         pooling="mean" if config.model.pooling == "mean" else "last",
         depth=1,
         kv_cache_dtype=config.cache.kv_cache_dtype,
+        lanes=list(zip(lanes.models, others, strict=True)),
     )
     table, requests = Table(), dict[int, Request]()
     log = _log(config, geometry, executor.layers, eos, max_len)
-    drafting = _drafting(config, model)
     if drafting:
         # What drafters hold is no input of the loop, so that a replay cannot draft the same.
         log.note("unreplayable", "drafts are not in the log")
     content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
-    kv = BlockManager(
-        geometry,
-        max_len=max_len + 1,
-        prefix_caching=config.cache.enable_prefix_caching,
-        content=content,
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-    )
+    kv = [
+        BlockManager(
+            g,
+            max_len=max_len + 1,
+            prefix_caching=config.cache.enable_prefix_caching,
+            content=c,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        )
+        for g, c in zip((geometry, *others), (content, *(HashedContent() for _ in others)), strict=True)
+    ]
+    lanes.place(kv)
     grammar = grammars(tokenizer, model.vocab_size, eos, config.structured_outputs.compile_timeout)
     loop = Loop(
         loop_config(config, max_len),
         executor,
-        [kv],
+        kv,
         make_scheduler(config.scheduler),
         Cutter(table, requests, eos, StopStrings(tokenizer)),
         Emitter(table, requests, sink),
@@ -148,14 +156,14 @@ def build_engine(
         eos_ids=eos,
         dtype=dtype,
         num_blocks=geometry.num_blocks,
-        kv_bytes=_kv_bytes(geometry),
+        kv_bytes=sum(_kv_bytes(g) for g in (geometry, *others)),
     )
     driver = WallDriver(loop, clock)
     warm_up(driver, model.vocab_size, max_len, progress)
     return Engine(config, loop, driver, executor, tokenizer, info, grammar, Stats(loop))
 
 
-def _drafting(config: EngineConfig, model: Any) -> dict[str, Any]:
+def _drafting(config: EngineConfig, model: Any, lanes: Lanes) -> dict[str, Any]:
     """The loop's share of speculation: drafter, length policy, its companion and a model of step times; empty without a drafter."""
     speculative = parse_speculative(config.speculation.speculative_config)
     if speculative is None or config.speculation.max_draft_tokens == 0:
@@ -164,10 +172,22 @@ def _drafting(config: EngineConfig, model: Any) -> dict[str, Any]:
     from presage.draft.length.steptime import StepTime
     from presage.draft.registry import make_drafter
 
-    drafter = make_drafter(speculative.drafter, speculative.settings, vocab_size=model.vocab_size, target=model)
+    lanes.rule = speculative.rule
+    drafter = make_drafter(speculative.drafter, speculative.settings, vocab_size=model.vocab_size, target=model, lanes=lanes)
     length = make_length(speculative.length, rule=speculative.rule, **speculative.options)
     wishes = getattr(length, "wishes", None)  # policies of other packages may have none
     return {"drafter": drafter, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
+
+
+def _load_draft(config: EngineConfig, path: str, quantization: str | None, max_len: int) -> Any:
+    """A draft model of the engine's precision, as long as the target or as its own checkpoint allows."""
+    from presage.models.loading import open_checkpoint
+    from presage.models.params import parse
+
+    longest = min(max_len, parse(open_checkpoint(path).config).max_len)
+    own = {"model": path, "quantization": quantization, "revision": None, "load_format": "auto", "max_model_len": longest}
+    settings = config.model_copy(update={"model": config.model.model_copy(update=own)})
+    return in_passing_thread(lambda: load_model(settings))[1]
 
 
 def load_model(config: EngineConfig, progress: bool = False, wrap: Callable[[Any], Any] = lambda ops: ops) -> tuple[Any, Any, str]:
@@ -238,10 +258,17 @@ def thread_count(config: EngineConfig) -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _geometry(config: EngineConfig, model: Any, max_len: int) -> KVGeometry:
+def _geometries(config: EngineConfig, models: list[Any], max_len: int) -> list[KVGeometry]:
+    """The KV of each model: memory is divided so that all hold equally many tokens."""
+    whole = _geometry(config, [g for m in models for g in m.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype)], max_len)
+    ends = accumulate(len(m.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype)) for m in models)
+    return [KVGeometry(groups=whole.groups[a:b], num_blocks=whole.num_blocks[a:b]) for a, b in pairwise((0, *ends))]
+
+
+def _geometry(config: EngineConfig, of: list[KVGroup], max_len: int) -> KVGeometry:
     from presage.models.loading import available_memory
 
-    groups, s = model.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype), config.scheduler
+    groups, s = tuple(of), config.scheduler
     if config.cache.num_gpu_blocks_override is not None:
         return KVGeometry(groups=groups, num_blocks=(config.cache.num_gpu_blocks_override,) * len(groups))
     room = (

@@ -9,7 +9,7 @@ import numpy as np
 from presage.core.errors import PolicyError
 from presage.core.plan import Budget, Grants
 from presage.core.protocols import EngineView, KVCache
-from presage.engine.kernels import check_plain
+from presage.engine.kernels import check_plain, reach
 from presage.engine.staircase import legal
 
 _REASONS = {
@@ -59,8 +59,8 @@ def _check_blocks(g: Grants, view: EngineView, lanes: Sequence[KVCache]) -> None
             for slot in g.evict.tolist():
                 ledger.give(slot)
             free = ledger.free
-        frontier = view.computed if lane == 0 else view.table.computed[:, lane]
-        base = np.where(part.start < 0, frontier[part.slot], part.start)
-        need = ledger.need(part.slot, base + part.tokens + part.draft).sum(0)
+        upto = np.empty(len(part), np.int32)
+        reach(part.slot, part.start, part.tokens + part.draft, view.computed if lane == 0 else view.table.computed[:, lane], upto)
+        need = ledger.need(part.slot, upto).sum(0)
         if (need > free).any():
             raise PolicyError(f"the plan needs {need.tolist()} blocks of lane {lane} and {free.tolist()} are free")

@@ -278,3 +278,10 @@ def commit(
             bits |= 16
         done[s] = computed[c, 0]
     return bits
+
+
+@njit(cache=True, nogil=True)
+def reach(slot, start, tokens, computed, out):
+    """Tokens each grant will have computed: from its explicit start (-1: the frontier) on."""
+    for i in range(len(slot)):
+        out[i] = (computed[slot[i]] if start[i] < 0 else start[i]) + tokens[i]

@@ -40,12 +40,13 @@ COUNTERS = (
 
 @dataclass(slots=True)
 class Flight:
-    """A step between submit and settle."""
+    """A step between submit and settle. ``side``: it decides no ids; ``drafter``: a drafter asked for it."""
 
     plan: StepPlan
     grants: Grants
     draft: Draft
     side: bool = False
+    drafter: bool = False
 
 
 @dataclass(slots=True)
@@ -88,7 +89,8 @@ class Loop:
         self.config, self.executor, self.lanes, self.kv = config, executor, tuple(kv), kv[0]
         self.scheduler, self.fallback, self.cutter, self.emitter = scheduler, Fcfs(), cutter, emitter
         self.table, self.requests = table, requests
-        self.companions = tuple(companions) + tuple(executor.companions()) + ((drafter,) if drafter else ()) + ((masker,) if masker else ())
+        parts: tuple[Any, ...] = (scheduler if hasattr(scheduler, "open") else None, drafter, masker)  # policies may follow who sits where
+        self.companions: tuple[Companion, ...] = (*companions, *executor.companions(), *(p for p in parts if p))
         self.speculation = SpeculationStats()
         self.drafter, self.length, self.masker, self.latency = drafter, length, masker, latency
         self.log = log or NullLog()
@@ -105,6 +107,7 @@ class Loop:
         self.reply: StepDone | None = None
         self.side: int | None = None
         self.row_moves: list[tuple[Ints, Longs, Longs]] = []
+        self.unpinned = False
         self.dirty = True
         self.draining = False
         self.steps = 0
@@ -151,9 +154,19 @@ class Loop:
         except StopIteration:
             self.making, self.reply = None, None
             return True
+        if work.id < 0:
+            self._drafter_pass(work)
         self.side = work.id
         self.executor.submit(work)
         return False
+
+    def _drafter_pass(self, plan: StepPlan) -> None:
+        """Number a drafter's own pass and keep its slots in place while it runs."""
+        plan.id, self.steps = self.steps, self.steps + 1
+        if plan.lane == 0:
+            plan.moves = self._with_rows(plan.moves)  # it reads the rows that the last step's accepted paths are to be moved to
+        self.table.inflight[plan.slot] += 1
+        self.flight[plan.id] = Flight(plan, Grants.of([], [], self.executor.layers), plan.draft, side=True, drafter=True)
 
     @property
     def idle(self) -> bool:
@@ -224,9 +237,9 @@ class Loop:
         """Evict, take blocks, draft, bind, launch. A generator: a model drafter yields its own passes and gets their results."""
         if len(g.evict):
             self.receiver.evict(g.evict)
-        admitted = (self.table.state[g.slot] != _RUNNING).any()
-        if admitted:
+        if (self.table.state[g.slot] != _RUNNING).any():
             self.receiver.admit(g)
+            self.unpinned = True  # until blocks are taken below, perhaps only in a later step
             g = g.select(self.table.state[g.slot] == _RUNNING)
         lead = g.lane == self.table.lead[g.slot]
         if not lead.all():
@@ -235,39 +248,54 @@ class Loop:
             g = g.select(lead)
         if not len(g):
             return
-        draft = Draft.none(len(g))
+        draft, step = Draft.none(len(g)), self.steps
         if self.drafter is not None and g.draft.any():
+            known = self.table.known[g.slot]
             draft = yield from self.drafter.propose(self.view, g)  # type: ignore[misc]
             draft = self.masker.prune(draft, g) if self.masker is not None else draft
-            g, draft = self._select(g, draft)
+            # While it computed, a program may have rewritten a slot that had no row in its passes.
+            g, draft = self._select(g, draft, self.table.known[g.slot] == known)
         if not len(g):
             return
         upto = frontier(self.table, g, 0)
-        moves = self.kv.apply(g.slot, upto + np.diff(draft.offset) if len(draft) else upto)
-        if admitted and not len(draft):
-            g = self._held(g)
+        if len(draft):
+            upto += np.diff(draft.offset)
+        if self.steps > step and not self._fits(g.slot, upto):
+            return
+        moves = self.kv.apply(g.slot, upto)
+        if self.unpinned:
+            g, draft = self._held(g, draft)
             if not len(g):
                 return
-            draft = Draft.none(len(g))
         plan = bind(self.steps, 0, self.table, self.arena, self.kv, g, draft, self._with_rows(moves), self.executor.layers)
         plan.rule = self.config.rule
         self.launch(plan, g, draft)
 
-    def _held(self, g: Grants) -> Grants:
+    def _fits(self, slots: Ints, upto: Ints) -> bool:
+        """Whether what was priced before the drafter's passes still fits: a fork meanwhile makes tails shared, and their copies cost blocks."""
+        ledger = self.kv.ledger()
+        fits = bool((ledger.need(slots, upto).sum(0) <= ledger.free).all())
+        self.dirty |= not fits
+        return fits
+
+    def _held(self, g: Grants, draft: Draft) -> tuple[Grants, Draft]:
         """A prefix hit that lost blocks since it was found is shorter now: that slot is planned again from what it really has."""
         t = self.table
         short = self.kv.lengths[g.slot] < t.computed[g.slot, 0]
+        self.unpinned = bool((self.kv.lengths[self.running] < t.computed[self.running, 0]).any())
         if not short.any():
-            return g
+            return g, draft
         t.computed[g.slot[short], 0] = self.kv.lengths[g.slot[short]]
-        return g.select(~short)
+        from presage.draft.prune import keep_nodes
 
-    def _select(self, g: Grants, draft: Draft) -> tuple[Grants, Draft]:
+        return g.select(~short), keep_nodes(draft, np.ones(len(draft), np.bool_), ~short)
+
+    def _select(self, g: Grants, draft: Draft, same: np.ndarray) -> tuple[Grants, Draft]:
         from presage.draft.prune import keep_nodes  # only with a drafter
 
         assert self.length is not None
         keep = self.length.select(self.view, g, draft)
-        ok = self.launchable(g) & ~keep.hold
+        ok = self.launchable(g) & ~keep.hold & same
         return g.select(ok), keep_nodes(draft, keep.node, ok)
 
     def _lane_pass(self, g: Grants, lane: int) -> Generator[StepPlan, StepDone | None, None]:
@@ -428,7 +456,8 @@ class Loop:
     def _settle_side(self, flight: Flight, done: StepDone) -> None:
         self.side, self.reply = None, done
         plan, lane = flight.plan, flight.plan.lane
-        live = self.table.state[plan.slot] == State.RUNNING
+        # A drafter's pass through some of the target's layers commits nothing, nor does one over drafted tokens.
+        live = (self.table.state[plan.slot] == State.RUNNING) & (plan.count > 0) & (not flight.drafter or lane > 0)
         self.table.computed[plan.slot[live], lane] = (plan.start + plan.count)[live]
         self.lanes[lane].commit(plan.slot[live], self.table.computed[plan.slot[live], lane], self.ids_of)
         self.programs.unpark(plan.slot)
@@ -445,12 +474,26 @@ class Loop:
         t.flying[plan.slot] = 0
         self.making, self.side, self.reply, self.dirty = None, None, None, True
         bad = set(event.slots.tolist())
+        if flight.drafter:
+            self._undraft(plan, bad)
+            return
         for slot in plan.slot.tolist():
             if slot in bad and self.table.state[slot] == State.RUNNING:
                 self.receiver.end(slot, Finish.ERROR, None, ("step_failed", event.error, 500))
             elif self.table.state[slot] == State.RUNNING:
                 # It shared a step with the faulty one: what that step wrote is not trusted, so it starts over from its known ids.
                 self.receiver.evict(np.array([slot], np.int32))
+        self.programs.unpark(plan.slot)
+
+    def _undraft(self, plan: StepPlan, bad: set[int]) -> None:
+        """A drafter's pass raised: its requests lose what that lane holds of them, and the faulty ones their drafts; nobody ends."""
+        for slot in plan.slot.tolist():
+            if plan.lane:
+                self.lanes[plan.lane].drop(slot)
+            elif self.table.state[slot] == State.RUNNING:
+                self.receiver.evict(np.array([slot], np.int32))
+            if self.drafter is not None and slot in bad:
+                self.drafter.close(slot)
         self.programs.unpark(plan.slot)
 
     # ---- shared with the receiver and programs

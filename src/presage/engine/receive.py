@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = {Wait.GRAMMAR: 60.0, Wait.ADAPTER: 60.0, Wait.KV_IN: 30.0, Wait.SCORE: 1.0, Wait.QUOTA: 60.0, Wait.WEIGHTS: 120.0}
 REMATCH = 16
+# Python 3.11 looks an enum's member up by name each time (0.6 us): the hot paths keep numbers.
+_QUEUED, _RUNNING, _ENDING, _FREE = (int(s) for s in (State.QUEUED, State.RUNNING, State.ENDING, State.FREE))
+_EMBED, _PREFILL, _PLP = int(Kind.EMBED), int(Kind.PREFILL), int(Flag.PROMPT_LOGPROBS)
 
 
 class Receiver:
@@ -93,7 +96,7 @@ class Receiver:
             raise Overloaded(f"the queue is full ({loop.config.max_waiting} requests)", retry_after=self._retry_after())
         if n == 0:
             raise ContextTooLong("the prompt is empty", param="prompt", n_prompt_tokens=0, n_ctx=loop.config.max_model_len)
-        room = loop.config.max_model_len - (req.kind <= Kind.PREFILL)
+        room = loop.config.max_model_len - (req.kind <= _PREFILL)
         if n > room:
             raise ContextTooLong(
                 f"the prompt has {n} tokens; this model's context is {loop.config.max_model_len} including at least one output token",
@@ -114,7 +117,7 @@ class Receiver:
         return float(min(60, max(1, round(len(self.loop.queue) * self.loop.stats["step_seconds"] / steps))))
 
     def _end(self, req: Request) -> int:
-        if req.kind > Kind.PREFILL:
+        if req.kind > _PREFILL:
             return len(req.prompt)
         new = 1 if req.kind is Kind.PREFILL else (req.sampling.max_tokens or self.loop.config.max_model_len)
         return min(len(req.prompt) + new, self.loop.config.max_model_len)
@@ -216,7 +219,7 @@ class Receiver:
     def match(self, slot: int) -> None:
         """Prefix hit of one queued slot. Requests for prompt log-probabilities or pooling need every position computed."""
         t = self.table
-        free = t.kind[slot] == Kind.EMBED or t.flags[slot] & int(Flag.PROMPT_LOGPROBS)
+        free = t.kind[slot] == _EMBED or t.flags[slot] & _PLP
         ids = self.held_ids[slot]
         t.hit[slot] = 0 if free else self.loop.kv.match(slot, ids)
         self.matched[slot] = self.loop.kv.version
@@ -224,7 +227,7 @@ class Receiver:
     def admit(self, g: Grants) -> None:
         """QUEUED -> RUNNING for the granted slots: an arena row, the prefix hit, a place at the end of the running order."""
         t, loop = self.table, self.loop
-        for slot in g.slot[t.state[g.slot] == State.QUEUED].tolist():
+        for slot in g.slot[t.state[g.slot] == _QUEUED].tolist():
             if t.waits[slot]:
                 continue
             # The hit is the one the plan was made with: a longer one found now would make its grant reach past the known ids.
@@ -277,9 +280,9 @@ class Receiver:
     def end(self, slot: int, finish: Finish, stop: int | str | None = None, error: tuple[str, str, int] | None = None) -> None:
         """Idempotent: one terminal emission, then ENDING until nothing is in flight."""
         t, loop = self.table, self.loop
-        if t.state[slot] in (State.FREE, State.ENDING):
+        if t.state[slot] in (_FREE, _ENDING):
             return
-        queued = t.state[slot] == State.QUEUED
+        queued = t.state[slot] == _QUEUED
         t.move(slot, State.ENDING)
         if queued:
             loop.queue.remove(slot)
@@ -296,6 +299,8 @@ class Receiver:
 
     def sweep(self) -> None:
         """ENDING -> FREE for slots that no step holds any more."""
+        if not self.ending:
+            return
         left = []
         for slot in self.ending:
             if self.table.inflight[slot] or self.table.pins[slot]:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,13 +21,14 @@ from presage.core.request import Request
 from presage.core.types import Ints, Want
 from presage.execute.batch import Batch
 from presage.execute.pool import Pool, Pooling
+from presage.execute.propose import pass_rows, propose
 from presage.execute.run import Run
 from presage.execute.walk import walk
 from presage.layers.kv.plain import PlainKV
 from presage.models.base import Model
 
 _EXPORTS = int(Want.POOL | Want.PROMPT_LOGPROBS)
-_SAMPLE, _POOL, _LOGPROBS = int(Want.SAMPLE), int(Want.POOL), int(Want.PROMPT_LOGPROBS)
+_SAMPLE, _POOL, _LOGPROBS, _TOPK = int(Want.SAMPLE), int(Want.POOL), int(Want.PROMPT_LOGPROBS), int(Want.TOPK)
 
 LOGIT_ROWS = 64
 """Rows whose logits are made at once for prompt log-probabilities: a [rows, V] float32 matrix is as large as a small model."""
@@ -44,11 +45,12 @@ class Judge(Companion, Protocol):
 
 
 class TorchExecutor:
-    """Implements ``core.protocols.Executor`` on one model.
+    """Implements ``core.protocols.Executor`` on one model and those that draft for it.
 
     ``geometry``: KV groups and blocks; ``sampler``: judges logits; ``depth``: steps that may be in flight; ``kv_cache_dtype``: as in
     ``CacheConfig``, and as the geometry was made with. A step that raises is posted as
     a StepFault of its slots (or of those that its StepFailed names), and the executor goes on. ``submit`` never blocks.
+    ``lanes``: models of lanes 1 and up with their geometries; each has KV arrays of its own, all share the team and the sampler's state.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class TorchExecutor:
         pooling: Pooling = "last",
         depth: int = 2,
         kv_cache_dtype: str = "auto",
+        lanes: Sequence[tuple[Model, KVGeometry]] = (),
     ) -> None:
         self.model, self.geometry, self.sampler, self.depth = model, geometry, sampler, depth
         self.layers = len(model.layers)
         self.kv = PlainKV(model, geometry, kv_cache_dtype)
         self.run = Run(model, self.kv)
+        self.lanes = (self.run, *(Run(m, PlainKV(m, g, kv_cache_dtype)) for m, g in lanes))
         self.pool = Pool(pooling)
         self._last = np.zeros(64, np.int32)
         self._queue: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
@@ -115,10 +119,10 @@ class TorchExecutor:
             return StepFault(plan.id, text, np.unique(plan.slot) if named is None else np.asarray(named, np.int32))
 
     def _step(self, plan: StepPlan, t0: float) -> StepDone:
-        if plan.lane:
-            raise StepFailed(f"lane {plan.lane} needs a model of its own; this executor holds one model")
+        if plan.lane >= len(self.lanes):
+            raise StepFailed(f"lane {plan.lane} needs a model of its own; this executor holds {len(self.lanes)}")
         if len(plan.moves):
-            self.kv.move(plan.moves)
+            self.lanes[plan.lane].kv.move(plan.moves)
         done = StepDone(plan.id, t0, t0, np.zeros(plan.spans + 1, np.int32), np.empty(0, np.int32), np.zeros(plan.spans + 1, np.int32))
         if len(plan.ids):
             self._forward(plan, done)
@@ -126,18 +130,26 @@ class TorchExecutor:
         return done
 
     def _forward(self, plan: StepPlan, done: StepDone) -> None:
-        h = walk(self.run, plan, Batch.of(plan, self._ids(plan), self.geometry, self.run.ops))
+        run = self.lanes[plan.lane]
+        if plan.work and plan.work[0].fresh:
+            for slot in plan.slot.tolist():
+                run.bank.drop(slot)
+        h = walk(run, plan, Batch.of(plan, self._ids(plan, run.model), run.kv.geometry, run.ops))
+        if plan.work and (plan.want & _TOPK).any():
+            row, span, node = pass_rows(plan)
+            logits = run.model.head(h[torch.from_numpy(row).long()], run.work)
+            done.exports["proposed"] = {0: propose(logits, plan, span, node, self.sampler)}
         row, span, node = out_rows(plan)
         if len(row):
             self._judge(plan, h, row, span, node, done)
         if (plan.want & _EXPORTS).any():
             self._export(plan, h, done)
 
-    def _ids(self, plan: StepPlan) -> Ints:
-        if plan.ids.max() >= self.model.vocab_size:
-            raise StepFailed(f"token id {plan.ids.max()} is outside the vocabulary of {self.model.vocab_size}")
-        if plan.position.max() >= self.model.max_len:
-            raise StepFailed(f"position {plan.position.max()} is beyond the model's length of {self.model.max_len}")
+    def _ids(self, plan: StepPlan, model: Model) -> Ints:
+        if plan.ids.max() >= model.vocab_size:
+            raise StepFailed(f"token id {plan.ids.max()} is outside the vocabulary of {model.vocab_size}")
+        if plan.position.max() >= model.max_len:
+            raise StepFailed(f"position {plan.position.max()} is beyond the model's length of {model.max_len}")
         if plan.ids.min() >= 0:
             return plan.ids
         fed = np.flatnonzero(plan.ids < 0)

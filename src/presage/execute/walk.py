@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from presage.core.plan import StepPlan
-from presage.core.types import Ints
+from presage.core.types import Ints, Want
 from presage.execute.batch import Batch
 from presage.execute.run import Run
 from presage.layers.state import LayerContext, Stage, State, Ticket
+
+_TOPK, _HIDDEN = int(Want.TOPK), int(Want.HIDDEN)
 
 Cursor = tuple[int, int]
 """(layer, stage): a place in the stack; (N, 0) is its end."""
@@ -60,11 +62,12 @@ def layers(run: Run, state: State, batch: Batch, start: Cursor, stop: Cursor) ->
 
 def walk(run: Run, plan: StepPlan, batch: Batch) -> torch.Tensor:
     """Run a step. Returns the residual stream [T, d] float32 after the last layer, valid until the next step; rows of spans that
-    stop earlier are in the bank instead, and their rows of the result mean nothing. Raises StepFailed if a banked chunk is missing."""
-    n = len(run.model.layers)
-    if not plan.layer0.any() and bool((plan.layer1 == n).all()):
+    stop earlier are in the bank instead, and their rows of the result mean nothing; but spans that propose (TOPK) leave by the head wherever
+    they stop (early exit) and are banked only if they are wanted (HIDDEN), to go on later. Raises StepFailed if a banked chunk is missing."""
+    n, stop = len(run.model.layers), int(plan.layer1[0])
+    if not plan.layer0.any() and bool((plan.layer1 == stop).all()) and (stop == n or bool((plan.want == _TOPK).all())):
         state = State(batch.rows, _embed(run, batch))
-        _drive(run, state, batch, 0, n)
+        _drive(run, state, batch, 0, stop)
         return state.h
     return _walk_ranges(run, plan, batch, n)
 
@@ -93,7 +96,7 @@ def _walk_ranges(run: Run, plan: StepPlan, batch: Batch, n: int) -> torch.Tensor
         _drive(run, state, part, leg.start, leg.stop)
         everything[rows] = state.h
         for s in leg.leaves.tolist():
-            if leg.stop < n:
+            if leg.stop < n and plan.want[s] & (_TOPK | _HIDDEN) != _TOPK:
                 run.bank.put(int(plan.slot[s]), int(plan.start[s]), leg.stop, everything[int(plan.rows[s]) : int(plan.rows[s + 1])])
     return everything
 

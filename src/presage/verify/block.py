@@ -14,7 +14,7 @@ from presage.core.plan import Draft, Verdict
 from presage.core.types import Floats
 from presage.execute.sampling.noise import RESIDUAL
 from presage.verify.rejection import Rejection, Trial, _trials, allowed
-from presage.verify.walk import verdict_of
+from presage.verify.walk import ends, verdict_of
 
 
 class Block(Rejection):
@@ -34,30 +34,24 @@ class Block(Rejection):
             paths.pop(s, None)
         return verdict_of(len(rows.slot), paths, ids)
 
-    def _tree(self, rows: Any, noise: Any, span: int, trials: dict[tuple[int, int], list[Trial]], q: Floats | None) -> tuple[list[int], list[int]]:
-        ids, path, node = list[int](), list[int](), -1
-        while True:
-            token, child = self._decide(rows, noise, span, node, trials.get((span, node), []), q)
-            ids.append(token)
-            if child is None:
-                return ids, path
-            path.append(child)
-            node = child
-
     def _block(self, rows: Any, noise: Any, span: int, chain: list[Trial], q: Floats | None) -> tuple[list[int], list[int]]:
-        """Ids and accepted nodes of a chain."""
-        keep, left = _coins(rows, span, chain, q)
+        """Ids and accepted nodes of a chain, which is no longer than the text may get."""
+        over = next((i for i, (node, _, _) in enumerate(chain) if ends(rows, span, node)), len(chain))
+        keep, left = _coins(rows, span, chain[: over + 1], q)
         if span in rows.failed:
             return [], []
         n = len(keep) - 1
         while n > 0 and not noise.uniform(span, n - 1) < keep[n]:
             n -= 1
         path = [node for node, _, _ in chain[:n]]
+        kept = [token for _, token, _ in chain[:n]]
+        if n > over:
+            return kept, path
         if n < len(left):
             last = noise.choose(left[n], span, n, RESIDUAL)
         else:
             last = int(rows.draw(np.array([span], np.int32), np.array([path[-1] if path else -1], np.int32), noise)[0])
-        return [*(token for _, token, _ in chain[:n]), last], path
+        return [*kept, last], path
 
 
 def _coins(rows: Any, span: int, chain: list[Trial], q: Floats | None) -> tuple[list[float], list[Floats]]:

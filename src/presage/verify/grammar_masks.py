@@ -175,6 +175,14 @@ class Masker:
         track = self.tracks.get(slot)
         return track is None or track.began < 0 or track.over or track.matcher.is_completed()
 
+    def finished(self, matcher: xg.GrammarMatcher) -> bool:
+        """Whether the matcher's text is complete and no id but an end of text may follow."""
+        if matcher.is_terminated() or not matcher.is_completed():
+            return bool(matcher.is_terminated())
+        row = np.zeros((1, len(self.eos)), np.int32)
+        matcher.fill_next_token_bitmask(row, 0)
+        return not (row[0] & ~self.eos).any()
+
     def _mask(self, track: Track, known: int = -1) -> np.ndarray:
         """Mask [ceil(V/32)] of the matcher's present state, ``known`` ids in."""
         if track.matcher.is_terminated():
@@ -189,8 +197,12 @@ class Masker:
         return mask if mask.any() else self.eos.copy()
 
     def prune(self, draft: Draft, grants: Grants) -> Draft:
-        """Drop illegal draft nodes with their subtrees. A node whose proposal was sampled from a distribution stays: the mask makes its
-        target probability 0, and only then is the residual that follows its rejection exact."""
+        """Drop illegal draft nodes with their subtrees, and those that nothing may follow: such an id comes as the draw of its parent's row,
+        and accepting it here would append an end of text that a run without drafts does not have.
+
+        A node whose proposal was sampled from a distribution stays: the mask makes its target probability 0, and only then is the residual
+        that follows its rejection exact.
+        """
         if not len(draft) or not any(s in self.tracks for s in grants.slot.tolist()):
             return draft
         keep = np.ones(len(draft), bool)
@@ -236,6 +248,7 @@ class Late:
     masker: Masker
     jobs: list[Job]
     done: tuple[Ints, np.ndarray] | None = None
+    last: set[tuple[int, int]] = field(default_factory=set)
 
     def fill(self) -> None:
         """Make the masks; a second call does nothing."""
@@ -245,9 +258,11 @@ class Late:
             pairs: list[tuple[int, int]] = []
             rows: list[np.ndarray] = []
             for job in self.jobs:
-                for node, row in Walk(self.masker, job.track, job.token, job.parent).masks():
+                walk = Walk(self.masker, job.track, job.token, job.parent)
+                for node, row in walk.masks():
                     pairs.append((job.span, node))
                     rows.append(row)
+                self.last.update((job.span, node) for node in walk.last)
             bits = np.stack(rows) if rows else np.zeros((0, len(self.masker.eos)), np.int32)
             self.done = np.array(pairs, np.int32).reshape(-1, 2), bits
 
@@ -262,19 +277,29 @@ class Late:
         return self.done
 
 
+    def ends(self, span: int, node: int) -> bool:
+        """Whether the text is complete after a draft node, and nothing may follow."""
+        self.fill()
+        return (span, node) in self.last
+
+
 @dataclass(slots=True)
 class Walk:
-    """Depth-first over a draft tree with one matcher: accept on the way down, roll back on the way up."""
+    """Depth-first over a draft tree with one matcher: accept on the way down, roll back on the way up.
+
+    ``last``: nodes met by ``masks`` after which the text is complete and nothing may follow.
+    """
 
     masker: Masker
     track: Track
     token: Ints
     parent: Ints
+    last: list[int] = field(default_factory=list)
 
     def legal(self) -> tuple[np.ndarray, np.ndarray]:
-        """bool [n] twice: nodes whose whole path is legal, and nodes whose parent's path is."""
+        """bool [n] twice: nodes whose whole path is legal and may be continued, and nodes whose parent's path is legal."""
         ok, reached = np.zeros(len(self.token), bool), np.zeros(len(self.token), bool)
-        self._visit(lambda node, fine: _mark(ok, reached, node, fine))
+        self._visit(lambda node, fine: _mark(ok, reached, node, fine and not self._last()))
         return ok, reached
 
     def masks(self) -> list[tuple[int, np.ndarray]]:
@@ -289,8 +314,16 @@ class Walk:
         return out
 
     def _row(self, out: list[tuple[int, np.ndarray]], node: int, fine: bool) -> None:
-        if fine and self.track.began >= 0:
-            out.append((node, self.masker._mask(self.track, self.track.known + self._depth(node))))
+        if not fine or self.track.began < 0:
+            return
+        if self._last():
+            self.last.append(node)
+        out.append((node, self.masker._mask(self.track, self.track.known + self._depth(node))))
+
+    def _last(self) -> bool:
+        """Whether the text is complete where the matcher stands, and nothing may follow."""
+        track = self.track
+        return track.began >= 0 and self.masker.finished(track.matcher)
 
     def _depth(self, node: int) -> int:
         depth = 0

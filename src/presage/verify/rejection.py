@@ -15,7 +15,7 @@ import numpy as np
 from presage.core.plan import Draft, Verdict
 from presage.core.types import Floats
 from presage.execute.sampling.noise import RESIDUAL
-from presage.verify.walk import verdict_of
+from presage.verify.walk import ends, verdict_of
 
 Trial = tuple[int, int, int]
 """(child node, token, row of q or -1)."""
@@ -53,18 +53,24 @@ class Rejection:
         """``rows``: execute.sampling.Rows, ``noise``: execute.sampling.Noise."""
         trials = _trials(draft)
         q = None if draft.q is None else np.asarray(draft.q, np.float64)
-        ids: dict[int, list[int]] = {s: [] for s in rows.spans.tolist()}
-        paths: dict[int, list[int]] = {s: [] for s in ids}
-        for s in ids:
-            node: int | None = -1
-            while node is not None:
-                token, node = self._decide(rows, noise, s, node, trials.get((s, node), []), q)
-                ids[s].append(token)
-                if node is not None:
-                    paths[s].append(node)
+        ids, paths = dict[int, list[int]](), dict[int, list[int]]()
+        for s in rows.spans.tolist():
+            ids[s], paths[s] = self._tree(rows, noise, s, trials, q)
         for s in rows.failed:
             del ids[s], paths[s]
         return verdict_of(len(rows.slot), paths, ids)
+
+    def _tree(self, rows: Any, noise: Any, span: int, trials: dict[tuple[int, int], list[Trial]], q: Floats | None) -> tuple[list[int], list[int]]:
+        """Ids and accepted nodes of one span, node by node."""
+        ids, path, node = list[int](), list[int](), -1
+        while node < 0 or not ends(rows, span, node):
+            token, child = self._decide(rows, noise, span, node, trials.get((span, node), []), q)
+            ids.append(token)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        return ids, path
 
     def _decide(
         self, rows: Any, noise: Any, span: int, node: int, trials: list[Trial], q: Floats | None

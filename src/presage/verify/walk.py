@@ -30,6 +30,12 @@ def follow(draft: Draft, spans: Ints, nodes: Ints, ids: Ints) -> Ints:
     return out
 
 
+def ends(rows: Any, span: int, node: int) -> bool:
+    """Whether a grammar lets nothing follow the node: the request ends there, as in a run without drafts, and no id may be drawn after it."""
+    late = rows.plan.late
+    return late is not None and late.ends(span, node)
+
+
 def verdict_of(spans: int, paths: dict[int, list[int]], ids: dict[int, list[int]]) -> Verdict:
     """Flat arrays from per-span lists; absent spans decide nothing."""
     path_off, off = np.zeros(spans + 1, np.int32), np.zeros(spans + 1, np.int32)

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any
 
+from presage.core.checked import checked
 from presage.core.errors import ConfigError
 from presage.core.protocols import LengthController
 from presage.draft.length.warm import warm
@@ -27,6 +28,7 @@ def make_length(name: str, **options: Any) -> LengthController:
     policy = getattr(import_module(module), attribute)
     if "rule" in options and name not in LENGTHS and "rule" not in signature(policy).parameters:
         options.pop("rule")  # the engine offers it to all; policies that never drop drafts need not know it
+    checked(policy, options, f"draft length policy {name!r}")
     try:
         made: LengthController = policy(**options)
     except TypeError as error:
