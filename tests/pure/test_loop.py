@@ -272,7 +272,8 @@ def test_a_broken_policy_costs_steps_not_requests(policy: type) -> None:
 
 
 def test_layered_prefill_climbs_the_staircase() -> None:
-    b = Bench(executor=NullExecutor(null_geometry(64), rule=rule, layers=8), scheduling_policy="layered", max_num_batched_tokens=256)
+    settings = {"scheduling_policy": "layered", "scheduling_config": {"work": 50}, "max_num_batched_tokens": 256}
+    b = Bench(executor=NullExecutor(null_geometry(64), rule=rule, layers=8), **settings)
     b.add("short", 5, max_tokens=30)
     b.turn()
     b.add("long", 200, max_tokens=3)

@@ -52,11 +52,13 @@ def test_greedy_equals_transformers(case: str, tmp_path: Path) -> None:
     tight.close()
 
 
-@pytest.mark.parametrize("policy", ["layered", "priority"])
-def test_policies_do_not_change_tokens(policy: str) -> None:
+@pytest.mark.parametrize(("policy", "dials"), [("layered", {"work": 32, "short": 16}), ("priority", {}), ("shortest", {"margin": 5})])
+def test_policies_do_not_change_tokens(policy: str, dials: dict[str, int]) -> None:
     prompts = [list(range(20 + i, 20 + i + n)) for i, n in enumerate((5, 150, 90, 200, 40))]
-    plain, other = (LLM("presage-tiny", kv_cache_memory="16MiB", max_num_batched_tokens=128, scheduling_policy=p) for p in ("fcfs", policy))
+    kw = {"kv_cache_memory": "16MiB", "max_num_batched_tokens": 128, "max_num_seqs": 4}
+    plain, other = LLM("presage-tiny", **kw), LLM("presage-tiny", scheduling_policy=policy, scheduling_config=dials, **kw)
     assert outputs(plain, prompts) == outputs(other, prompts)
+    assert other.stats()["policy_errors"] == 0
     plain.close()
     other.close()
 

@@ -71,7 +71,10 @@ class SchedulerConfig(Group):
     """Who runs in a step."""
 
     scheduling_policy: str = "fcfs"
-    """Name of a policy in ``presage.schedule`` or an entry point of group ``presage.schedulers``."""
+    """Who goes first: ``fcfs``, ``priority``, ``sarathi``, ``splitfuse``, ``layered``, ``splits``, ``ltr``, ``shortest``, ``fair``, ``deadline``,
+    ``cache_aware``, ``budget``, or an entry point of group ``presage.schedulers``."""
+    scheduling_config: str | dict[str, Any] | None = None
+    """JSON object of the policy's own dials, such as ``{"tbt": 0.05}`` for ``sarathi``; a wrong one is answered with the list of those there are."""
     max_num_batched_tokens: int = Field(512, ge=1)
     """Tokens computed in one step at most."""
     max_num_seqs: int = Field(128, ge=1)

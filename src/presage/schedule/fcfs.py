@@ -1,7 +1,8 @@
 """First come, first served: running requests first, then the queue in arrival order, stopping at the first that does not fit.
 
 The unified token budget of vLLM V1: no phases, every request closes the gap between computed and known tokens. Decoding rows come before
-chunks, so a long prompt never stalls those who already stream (Sarathi-Serve, arXiv 2403.02310).
+chunks, so a long prompt never stalls those who already stream (Sarathi-Serve, arXiv 2403.02310). Other policies replace one of the
+questions below: whom to serve first, whom to evict, who gives way, what must be free before somebody is let in.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ import numpy as np
 from presage.core.config import SchedulerConfig
 from presage.core.plan import Budget, Facts, Grants
 from presage.core.protocols import EngineView
-from presage.core.types import Ints, Why
+from presage.core.types import EMPTY, Ints, Longs, Why
+
+Reasons = list[tuple[int, int, float]]
+BURST = 1 << 16
+"""Steps: as many as anybody wants to know of."""
 
 
 class Fcfs:
-    """The default policy, and the fallback when another one fails."""
+    """The default policy, and the fallback when another one fails. ``trades``: whether somebody may be evicted for somebody who waits."""
+
+    trades = False
 
     def __init__(self, config: SchedulerConfig | None = None) -> None:
         config = config or SchedulerConfig()
@@ -25,35 +32,64 @@ class Fcfs:
 
     def plan(self, view: EngineView, budget: Budget) -> Grants:
         """Grants for one step; see the module docstring for the order."""
-        slots, tokens, drafts, evict, why = self._running(view, budget)
+        why: Reasons = []
+        gone = self._give_way(view, why)
+        held = view.ready[~np.isin(view.ready, gone)] if len(gone) else view.ready
+        slots, tokens, drafts, evict = self._running(view, budget, held, why)
         grants = [slots], [tokens], [drafts]
         if not evict and len(view.queue):
             left = budget.tokens - int(tokens.sum())
-            more = self._admit(view, left, min(budget.spans, view.max_num_seqs - view.running), why)
+            more = self._admit(view, left, min(budget.spans, view.max_num_seqs - view.running + len(gone)), why)
             if more:
                 grants[0].append(np.array([m[0] for m in more], np.int32))
                 grants[1].append(np.array([m[1] for m in more], np.int32))
                 grants[2].append(np.zeros(len(more), np.int32))
         s, t, d = (np.concatenate(g) for g in grants)
-        return Grants.of(s, t, view.layers, draft=d, evict=evict, why=why)
+        return Grants.of(s, t, view.layers, draft=d, evict=gone.tolist() + evict, why=why)
 
     def observe(self, facts: Facts) -> None:
         """Nothing is learnt."""
 
     def steady(self, view: EngineView) -> int:
-        """The plan repeats as long as every running request decodes and nobody waits."""
-        return 1
+        """The plan repeats while every running request decodes and nobody who waits could be let in. 1 in policies that learn from each step."""
+        closed = not len(view.queue) or (view.running >= view.max_num_seqs and not self.trades)
+        return BURST if closed else 1
+
+    # ---- the questions
 
     def order(self, view: EngineView) -> Ints:
         """The queue in the order of service."""
         return view.queue
 
+    def served(self, view: EngineView, slots: Ints) -> Ints:
+        """Running slots in the order in which chunks get the budget: the first admitted."""
+        return slots
+
     def victims(self, view: EngineView, slots: Ints) -> Ints:
         """Running slots, first to be evicted first: the last admitted."""
         return slots[::-1]
 
-    def _running(self, view: EngineView, budget: Budget) -> tuple[Ints, Ints, Ints, list[int], list[tuple[int, int, float]]]:
-        slots = view.ready
+    def yields(self, view: EngineView) -> Ints:
+        """Running slots that are evicted although memory would last: nobody."""
+        return EMPTY
+
+    def reserve(self, view: EngineView) -> Longs:
+        """Blocks [POOLS] that stay free when somebody is let in."""
+        share = self.watermark if view.running else 0.0
+        return np.array([int(share * n) for n in view.pools], np.int64)
+
+    # ---- the parts
+
+    def _give_way(self, view: EngineView, why: Reasons) -> Ints:
+        gone = self.yields(view)
+        for slot in gone.tolist():
+            why.append((slot, int(Why.EVICTED), float(view.computed[slot])))
+            view.ledger.give(slot)
+        return gone
+
+    def _running(self, view: EngineView, budget: Budget, held: Ints, why: Reasons) -> tuple[Ints, Ints, Ints, list[int]]:
+        """Slots, tokens, drafts and victims among ``held``, the running slots in order of admission."""
+        slots = self.served(view, held)
         tokens = self._cut(view.gap[slots], budget.tokens)
         keep = tokens > 0
         slots, tokens = slots[keep], tokens[keep]
@@ -66,11 +102,10 @@ class Fcfs:
             drafts = np.zeros(len(slots), np.int32)
             need = view.ledger.need(slots, view.computed[slots] + tokens)
         evict: list[int] = []
-        why: list[tuple[int, int, float]] = []
         alive = np.ones(len(slots), bool)
         if not view.ledger.take(need.sum(0)):
-            self._make_room(view, slots, need, alive, evict, why)
-        return slots[alive], tokens[alive], drafts[alive], evict, why
+            evict = self._make_room(view, held, slots, need, alive, why)
+        return slots[alive], tokens[alive], drafts[alive], evict
 
     def _cut(self, gap: Ints, budget: int) -> Ints:
         """Tokens per running slot: decoding rows first, then chunks in order until the budget ends."""
@@ -85,12 +120,10 @@ class Fcfs:
         ones = np.where(np.cumsum(decode) <= budget, decode, 0)
         return np.where(decode, ones, chunk).astype(np.int32)
 
-    def _make_room(
-        self, view: EngineView, slots: Ints, need: np.ndarray, alive: np.ndarray, evict: list[int], why: list[tuple[int, int, float]]
-    ) -> None:
+    def _make_room(self, view: EngineView, held: Ints, slots: Ints, need: np.ndarray, alive: np.ndarray, why: Reasons) -> list[int]:
         """Evict until the rest fits. Someone is always kept: a lone request fits, or it was refused at arrival."""
+        evict: list[int] = []
         place = {int(s): i for i, s in enumerate(slots)}
-        held = view.ready
         for slot in self.victims(view, held).tolist():
             if len(evict) + 1 >= len(held):
                 break
@@ -100,14 +133,15 @@ class Fcfs:
             if slot in place:
                 alive[place[slot]] = False
             if view.ledger.take(need[alive].sum(0)):
-                return
+                return evict
         # Only the oldest is left and its whole chunk does not fit: it runs alone later, once blocks in flight return.
         if not view.ledger.take(need[alive].sum(0)):
             alive[:] = False
+        return evict
 
-    def _admit(self, view: EngineView, left: int, seats: int, why: list[tuple[int, int, float]]) -> list[tuple[int, int]]:
+    def _admit(self, view: EngineView, left: int, seats: int, why: Reasons) -> list[tuple[int, int]]:
         out: list[tuple[int, int]] = []
-        reserve = np.array([int(self.watermark * n) for n in view.pools], np.int64) if view.running else 0
+        reserve = self.reserve(view)
         for slot in self.order(view).tolist():
             if left <= 0 or seats <= len(out):
                 why.append((slot, int(Why.BUDGET if left <= 0 else Why.MAX_SEQS), float(left)))
