@@ -31,6 +31,17 @@ def _cold(slots, todo, blocks, table, refs):  # type: ignore[no-untyped-def]
     return out
 
 
+@numba.njit(cache=True)
+def _need(slots, upto, block, owned, todo, out):  # type: ignore[no-untyped-def]
+    """Blocks above what each slot owns in one pool; returns whether any slot has something to look at first."""
+    found = False
+    for i in range(len(slots)):
+        s = slots[i]
+        out[i] = max(0, (upto[i] + block - 1) // block - owned[s])
+        found = found or todo[s] != 0
+    return found
+
+
 class BlockLedger:
     """Prices for one plan; ``free`` is a copy. Implements ``core.protocols.Ledger``.
 
@@ -46,14 +57,16 @@ class BlockLedger:
     def need(self, slots: Ints, upto: Ints) -> Longs:
         """Blocks [n, POOLS] to take so that each slot can hold ``upto`` tokens: above what it owns, or above its prefix hit."""
         kv = self._kv
-        todo = kv.todo[slots]
-        out = np.empty((len(slots), len(kv.pools)), np.int64)
-        want = -(-upto // kv.block_tokens)
+        out, found = np.empty((len(slots), len(kv.pools)), np.int64), False
         for g, owned in enumerate(kv.owned):
-            out[:, g] = want - owned[slots]
-        if todo.any():
-            self._add_todo(out, slots, todo)
-        return np.maximum(out, 0, out=out)
+            found = _need(slots, upto, kv.block_tokens, owned, kv.todo, out[:, g]) or found
+        if found:
+            want = -(-upto // kv.block_tokens)
+            for g, owned in enumerate(kv.owned):
+                out[:, g] = want - owned[slots]
+            self._add_todo(out, slots, kv.todo[slots])
+            np.maximum(out, 0, out=out)
+        return out
 
     def _add_todo(self, out: Longs, slots: Ints, todo: np.ndarray) -> None:
         kv = self._kv

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+from numba import njit
 
 from presage.cache.audit import audit
 from presage.cache.content import Content, HashedContent
@@ -23,6 +24,50 @@ from presage.core.types import Ints
 
 _NEVER = np.iinfo(np.int32).max
 """``sealed`` of a slot whose KV predates ``reset``: it matches the old weights, so none of it may be published."""
+
+
+@njit(cache=True)
+def _lacking(slots, want, owned):  # type: ignore[no-untyped-def]
+    """Blocks the slots lack; -1 if they are not distinct."""
+    total = 0
+    for i in range(len(slots)):
+        total += want[i] - owned[slots[i]]
+        for j in range(i):
+            if slots[j] == slots[i]:
+                return -1
+    return total
+
+
+@njit(cache=True)
+def _give(slots, want, owned, table, blocks):  # type: ignore[no-untyped-def]
+    """Append blocks to the slots' tables."""
+    at = 0
+    for i in range(len(slots)):
+        s = slots[i]
+        for j in range(owned[s], want[i]):
+            table[s, j] = blocks[at]
+            at += 1
+        owned[s] = want[i]
+
+
+@njit(cache=True)
+def _short(slots, upto, block, owned):  # type: ignore[no-untyped-def]
+    """Indices of the slots that own fewer blocks than they need."""
+    out, n = np.empty(len(slots), np.int64), 0
+    for i in range(len(slots)):
+        if (upto[i] + block - 1) // block > owned[slots[i]]:
+            out[n] = i
+            n += 1
+    return out[:n]
+
+
+@njit(cache=True)
+def _flagged(slots, todo):  # type: ignore[no-untyped-def]
+    """Whether a slot has something to do before it may be written."""
+    for s in slots:  # noqa: SIM110 (numba compiles the loop, not the generator)
+        if todo[s]:
+            return True
+    return False
 
 
 class BlockManager:
@@ -118,6 +163,11 @@ class BlockManager:
         start = int(self.hit[slot]) if self.todo[slot] & HIT and self.seen[slot] == evictions else 0
         limit = min(len(ids) - 1, self._blocks * self.block_tokens) // self.block_tokens
         chain = self._chains[slot]
+        known = self.todo[slot] & HIT and self.hit[slot] == start < min(limit, len(chain))
+        if known and any(chain[start] not in p.where for _, p in self._lead if not p.window):
+            # What ended the hit then still does.
+            self.seen[slot] = evictions
+            return start * self.block_tokens
 
         def extend() -> None:
             self._extend(slot, ids[len(chain) * self.block_tokens : (len(chain) + 1) * self.block_tokens])
@@ -166,8 +216,8 @@ class BlockManager:
         """
         self._flush()
         moves: list[tuple[int, int, int]] = []
-        todo = self.todo[slots]
-        if todo.any():
+        if _flagged(slots, self.todo):
+            todo = self.todo[slots]
             # All pins come before the first allocation, which could evict what they counted on.
             fresh = slots[(todo & HIT) > 0]
             self.refit(fresh)
@@ -175,11 +225,10 @@ class BlockManager:
                 self._pin_hit(slot)
             for slot in slots[(todo & COPY) > 0].tolist():
                 self._copy_tail(slot, moves)
-        want = -(-upto // self.block_tokens)
         for g, pool in enumerate(self.pools):
-            short = np.flatnonzero(want > self.owned[g][slots])
+            short = _short(slots, upto, self.block_tokens, self.owned[g])
             if len(short):
-                self._allocate_to(g, pool, slots[short], want[short])
+                self._allocate_to(g, pool, slots[short], -(-upto[short] // self.block_tokens))
         if not moves:
             return Moves()
         group, src, dst = np.array(moves, np.int32).T
@@ -225,21 +274,12 @@ class BlockManager:
         self._limbo.clear()
 
     def _allocate_to(self, g: int, pool: Pool, slots: Ints, want: Ints) -> None:
+        n = _lacking(slots, want, self.owned[g])
+        if n < 0:
+            raise AuditFailed(f"slots {slots.tolist()} are not distinct: one slot would lose the blocks another row got")
         if want.max() > self._blocks:
             raise AuditFailed(f"slots {slots[want > self._blocks].tolist()} grow past max_len")
-        if len(set(slots.tolist())) < len(slots):
-            raise AuditFailed(f"slots {slots.tolist()} are not distinct: one slot would lose the blocks another row got")
-        owned, table = self.owned[g], self.tables[g]
-        before = owned[slots]
-        blocks = pool.take(int((want - before).sum()))
-        if len(blocks) == len(slots):
-            table[slots, before] = blocks
-        else:
-            at = 0
-            for slot, low, high in zip(slots.tolist(), before.tolist(), want.tolist(), strict=True):
-                table[slot, low:high] = blocks[at : at + high - low]
-                at += high - low
-        owned[slots] = want
+        _give(slots, want, self.owned[g], self.tables[g], np.array(pool.take(n), np.int32))
         self._renew()
 
     def commit(self, slots: Ints, computed: Ints, ids: Callable[[int, int, int], np.ndarray]) -> None:

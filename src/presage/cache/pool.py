@@ -44,7 +44,9 @@ class Pool:
         """``n`` blocks with one reference each: nameless ones first, then the least recently used. AuditFailed if too few."""
         if n > self.free:
             raise AuditFailed(f"{n} blocks taken where {self.free} are free: the plan was not priced by the ledger")
-        out = [self.spare.pop() for _ in range(min(n, len(self.spare)))]
+        at = max(0, len(self.spare) - n)
+        out = self.spare[at:][::-1]
+        del self.spare[at:]
         new = min(n - len(out), self.total + 1 - self.fresh)
         out += range(self.fresh, self.fresh + new)
         self.fresh += new
@@ -65,16 +67,19 @@ class Pool:
 
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less to each block, in this order: the first one freed is the first one evicted."""
-        for block in blocks:
-            left = self.refs[block] - 1
-            self.refs[block] = left
-            if left == 0:
-                if block in self.keys:
-                    self.cached[block] = None
-                else:
-                    self.spare.append(block)
-            elif left < 0:
-                raise AuditFailed(f"block {block} was released more often than it was held")
+        held = list(blocks)
+        if not held:
+            return
+        index = np.array(held)
+        left = self.refs[index] - 1
+        if len(set(held)) < len(held) or left.min() < 0:
+            raise AuditFailed(f"blocks {held} were released more often than they were held")
+        self.refs[index] = left
+        for block in held if not left.any() else index[left == 0].tolist():
+            if block in self.keys:
+                self.cached[block] = None
+            else:
+                self.spare.append(block)
 
     def publish(self, block: int, key: bytes) -> bool:
         """Name a full block so that others can find it. False if it has a name or another block holds the same content."""

@@ -31,6 +31,8 @@ _LEGAL = {
     State.ENDING: {State.FREE},
 }
 
+_CHANGES = frozenset((int(a), int(b)) for a, to in _LEGAL.items() for b in to)
+
 _COLUMNS: dict[str, tuple[type, float]] = {
     "state": (np.uint8, 0),
     "hold": (np.uint8, 0),
@@ -69,6 +71,10 @@ _COLUMNS: dict[str, tuple[type, float]] = {
     "due_next": (np.float64, math.inf),
     "due_end": (np.float64, math.inf),
 }
+
+
+_FILLS = tuple((name, fill) for name, (_, fill) in _COLUMNS.items() if fill)
+_ZEROS = tuple(name for name, (_, fill) in _COLUMNS.items() if not fill)
 
 
 class Table:
@@ -137,20 +143,22 @@ class Table:
         if not self._free:
             self._grow()
         slot = self._free.pop()
-        for name, (_, fill) in _COLUMNS.items():
-            if name != "epoch":
-                getattr(self, name)[slot] = fill
-        self.epoch[slot] += 1
+        epoch = int(self.epoch[slot]) + 1
+        columns = vars(self)
+        for name, fill in _FILLS:
+            columns[name][slot] = fill
+        for name in _ZEROS:
+            columns[name][slot] = 0
+        self.epoch[slot] = epoch
         self.computed[slot] = 0
         return slot
 
     def move(self, slot: int, to: State) -> None:
         """Change a slot's state. Raises IllegalTransition for a change the table does not list."""
-        now = State(int(self.state[slot]))
-        if to not in _LEGAL[now]:
-            raise IllegalTransition(f"slot {slot}: {now.name} -> {to.name}")
+        if (int(self.state[slot]), int(to)) not in _CHANGES:
+            raise IllegalTransition(f"slot {slot}: {State(int(self.state[slot])).name} -> {to.name}")
         self.state[slot] = to
-        if to is State.FREE:
+        if to == State.FREE:
             self.fronts.pop(slot, None)
             self._free.append(slot)
 

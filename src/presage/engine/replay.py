@@ -114,23 +114,35 @@ class RecordedCutter(Cutter):
         return NewIds(plan.slot, offsets, values, np.frombuffer(finish, np.uint8).copy())
 
 
-class _Check(NullLog):
+class Decisions(NullLog):
+    """Keeps decisions as bytes (``made``) instead of writing them."""
+
     def __init__(self) -> None:
         self.made: list[bytes] = []
 
     def decided(self, loop: Loop, plan: StepPlan, grants: Any) -> None:
+        """Keep one."""
         self.made.append(msgspec.msgpack.encode(decision(loop, plan, grants)))
 
 
-def replay(folder: str | Path) -> int:
-    """Replay a log and compare every decision. Returns the number of decisions; raises ReplayMismatch with the first that differs."""
+def recorded(folder: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
+    """A log's header and the frames behind it. Raises ReplayMismatch for another version, or if the beginning was rotated away."""
     frames = read_frames(folder)
     first: tuple[str, Any] = next(frames, ("", {}))
     tag, header = first
     if tag != "h" or header["version"] != VERSION:
         raise ReplayMismatch("not a decision log of this version, or its beginning was rotated away")
-    names, check = (RecordedNames() if header["level"] == "shape" else None), _Check()
-    loop, cutter = _rebuild(header, names, check)
+    return header, frames
+
+
+def replay(folder: str | Path, emitter: Callable[[Table, dict[int, Request]], Emitter] | None = None) -> int:
+    """Replay a log and compare every decision. Returns the number of decisions; raises ReplayMismatch with the first that differs.
+
+    ``emitter`` makes what hears the ids (zeros at level shape) and ends again; by default nobody does.
+    """
+    header, frames = recorded(folder)
+    names, check = (RecordedNames() if header["level"] == "shape" else None), Decisions()
+    loop, cutter = _rebuild(header, names, check, emitter or (lambda table, requests: Emitter(table, requests, lambda emissions: None)))
     waiting: list[bytes] = []
     count = 0
     for tag, body in frames:
@@ -151,7 +163,9 @@ def replay(folder: str | Path) -> int:
     return count
 
 
-def _rebuild(header: dict[str, Any], names: Any, log: NullLog) -> tuple[Loop, RecordedCutter]:
+def _rebuild(
+    header: dict[str, Any], names: Any, log: NullLog, emitter: Callable[[Table, dict[int, Request]], Emitter]
+) -> tuple[Loop, RecordedCutter]:  # fmt: skip
     config = EngineConfig.model_validate(header["config"])
     geometry = msgspec.convert(header["geometry"], KVGeometry)
     table, requests = Table(), dict[int, Request]()
@@ -170,7 +184,7 @@ def _rebuild(header: dict[str, Any], names: Any, log: NullLog) -> tuple[Loop, Re
         [kv],
         make_scheduler(config.scheduler),
         cutter,
-        Emitter(table, requests, lambda emissions: None),
+        emitter(table, requests),
         table=table,
         requests=requests,
         log=log,

@@ -1,0 +1,91 @@
+"""Speculation in a simulation: the engine's own drafters where contents are known, an assumed acceptance rate where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+
+from presage.core.config import EngineConfig
+from presage.core.errors import ConfigError
+from presage.core.plan import Draft, Facts, Grants, NewIds, StepDone, StepPlan
+from presage.core.protocols import EngineView, LatencyModel
+from presage.core.request import Request
+from presage.core.types import Floats, Ints
+from presage.draft.length import make_length
+from presage.draft.length.steptime import StepTime
+from presage.draft.registry import make_drafter
+from presage.draft.settings import parse_speculative
+
+TOKENS = 4
+
+
+class Assumed:
+    """A drafter for traces without contents: chains of ``tokens`` ids, whose k-th comes true with ``rate`` ** k (``oracle.LawOracle`` draws)."""
+
+    def __init__(self, tokens: int, rate: float) -> None:
+        self.tokens, self.rate = tokens, rate
+
+    def hint(self, view: EngineView) -> Ints:
+        """As many for everyone."""
+        return np.full(view.table.capacity, self.tokens, np.int32)
+
+    def propose(self, view: EngineView, g: Grants) -> Generator[StepPlan, StepDone, Draft]:
+        """Chains as long as granted. No pass of its own: its cost is ``Drafting``'s."""
+        draft = Draft.chains([[1] * n for n in g.draft.tolist()])
+        draft.prob[:] = self.rate ** (draft.depth.astype(np.float64))
+        return draft
+        yield  # a generator, as the protocol wants
+
+    def open(self, slot: int, req: Request) -> None:
+        """Nothing is known of anybody."""
+
+    def advance(self, new: NewIds) -> None:
+        """Nothing is learnt."""
+
+    def rewind(self, slot: int, known: int) -> None:
+        """Nothing is kept."""
+
+    def fork(self, src: int, dst: int, req: Request) -> None:
+        """Nothing is kept."""
+
+    def close(self, slot: int) -> None:
+        """Nothing is kept."""
+
+
+class Drafting:
+    """A latency model plus ``seconds`` of drafting in every step that verifies drafts."""
+
+    def __init__(self, inner: LatencyModel, seconds: float) -> None:
+        self.inner, self.seconds = inner, seconds
+        self.version = f"{getattr(inner, 'version', '')} + {1e3 * seconds:g} ms of drafting"
+
+    def predict(self, features: Floats) -> Floats:
+        """(seconds, joules) [m, 2]; drafting takes no energy of its own."""
+        out = self.inner.predict(features)
+        out[:, 0] += np.where(features[:, 4] > 0, self.seconds, 0.0)
+        return out
+
+    def observe(self, facts: Facts) -> None:
+        """Passed on."""
+        self.inner.observe(facts)
+
+
+def drafting(config: EngineConfig, vocab_size: int, rate: float | None = None) -> dict[str, Any]:
+    """A loop's share of speculation as the engine wires it, for one replica; empty without a drafter.
+
+    ``rate``: acceptance per drafted token to assume instead of drafting from contents. Raises ConfigError for drafters that need a model.
+    """
+    chosen = parse_speculative(config.speculation.speculative_config)
+    if chosen is None or config.speculation.max_draft_tokens == 0:
+        return {}
+    if rate is not None and not 0 <= rate < 1:
+        raise ConfigError(f"an acceptance rate is at least 0 and below 1, got {rate}", param="acceptance_rate")
+    if rate is None:
+        drafter: Any = make_drafter(chosen.drafter, chosen.settings, vocab_size=vocab_size)
+    else:
+        drafter = Assumed(int(chosen.settings.get("num_speculative_tokens", TOKENS)), rate)
+    length = make_length(chosen.length, rule=chosen.rule, **chosen.options)
+    wishes = getattr(length, "wishes", None)  # policies of other packages may have none
+    return {"drafter": drafter, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
