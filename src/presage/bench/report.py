@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from presage.bench.measures import METRICS, Summary, mean, percentile
+from presage.bench.attainment import attainment
+from presage.bench.fairness import fairness
+from presage.bench.load import Run
+from presage.bench.measures import CLIENT_CPU_LIMIT, METRICS, SEND_DELAY_LIMIT, Summary, mean, percentile
+from presage.bench.window import concurrency, saturated
 
 WIDTH = 50
 
@@ -21,8 +25,15 @@ def latency_lines(name: str, values: Sequence[float], percentiles: Sequence[floa
     return [f"{METRICS[name]:-^{WIDTH}}"] + [line(f"{word} {short} (ms):", 1e3 * value) for word, value in rows]
 
 
-def serving_report(summary: Summary, percentiles: Sequence[float] = (99,), title: str = " Serving Benchmark Result ") -> str:
-    """The whole report."""
+def serving_report(
+    summary: Summary,
+    percentiles: Sequence[float] = (99,),
+    title: str = " Serving Benchmark Result ",
+    names: Sequence[str] = tuple(METRICS),
+    run: Run | None = None,
+    goals: dict[str, float] | None = None,
+) -> str:
+    """The whole report; with ``run``, also what the client itself did and how many goals were met."""
     rates = summary.rates()
     rows = [
         f"{title:=^{WIDTH}}",
@@ -39,17 +50,40 @@ def serving_report(summary: Summary, percentiles: Sequence[float] = (99,), title
         line("Output token throughput (tok/s):", rates["output_throughput"]),
         line("Total Token throughput (tok/s):", rates["total_token_throughput"]),
     ]
-    for name, values in summary.samples.items():
-        rows += latency_lines(name, values, percentiles)
-    rows += [f"{'Validity':-^{WIDTH}}", *validity(summary, percentiles)]
+    if run is not None:
+        rows += load_lines(run, goals or {})
+    for name in names:
+        rows += latency_lines(name, summary.samples[name], percentiles)
+    rows += [f"{'Validity':-^{WIDTH}}", *validity(summary, percentiles, run)]
     return "\n".join([*rows, "=" * WIDTH])
 
 
-def validity(summary: Summary, percentiles: Sequence[float]) -> list[str]:
-    """Whether the numbers can be trusted, in words."""
+def load_lines(run: Run, goals: dict[str, float]) -> list[str]:
+    """Concurrency, shares of requests that met the goals, evenness over tenants if there are several."""
+    at = concurrency(run.records)
+    rows = [line("Peak concurrent requests:", int(at["peak"])), line("Mean concurrent requests:", at["mean"])]
+    if goals:
+        rows += [line(f"SLO attainment, {name} (%):", 100 * share) for name, share in attainment(run.records, goals).items()]
+    if len({r.tenant for r in run.records}) > 1:
+        rows.append(line("Jain fairness of speed over tenants:", fairness(run.records)["jain_speed"]))
+    return rows
+
+
+def validity(summary: Summary, percentiles: Sequence[float], run: Run | None = None) -> list[str]:
+    """Whether the numbers can be trusted, in words: first the generator's own error in arrival times."""
     rows = [line("P99 send delay (ms):", 1e3 * summary.send_delay_p99)]
+    if run is not None:
+        rows.append(line("Client CPU (% of a core):", 100 * run.cpu_share))
+        rows.append(f"{'Client priority:':<40} {'real-time' if run.realtime else 'normal'}")
     if not summary.valid:
-        rows.append("INVALID: the client sent late; use fewer requests a second, or give it a core of its own")
+        limit = f"P99 send delay over {1e3 * SEND_DELAY_LIMIT:g} ms"
+        rows.append(f"INVALID: the client sent late ({limit}); give it a core of its own, or real-time priority")
+    if run is not None and run.cpu_share > CLIENT_CPU_LIMIT:
+        rows.append(f"INVALID: the client used over {CLIENT_CPU_LIMIT:.0%} of a core, so it may have read answers late")
+    if run is not None and run.interrupted:
+        rows.append("note: interrupted; requests that were not sent yet are left out")
+    if run is not None and saturated(run.records):
+        rows.append("note: saturated: waiting times rose to the end, and would go on rising")
     count = summary.completed + summary.failed
     if count < 100 and any(p >= 99 for p in percentiles):
         rows.append(f"note: P99 of {count} requests is close to their maximum")

@@ -1,4 +1,4 @@
-"""``presage bench latency | throughput | serve``."""
+"""``presage bench latency | throughput | serve | sweep | compare | report``."""
 
 # ruff: noqa: B008 (settings groups are frozen, so one default may serve all calls)
 from __future__ import annotations
@@ -134,3 +134,71 @@ def serve(*, load: Annotated[ServeBench, Flat] = ServeBench()) -> int:
 def _save(path: str | None, data: dict[str, Any]) -> None:
     if path is not None:
         Path(path).write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+
+@bench.command
+def sweep(
+    *,
+    request_rates: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
+    attainment: float = 0.9,
+    tolerance: float = 0.05,
+    load: Annotated[ServeBench, Flat] = ServeBench(),
+) -> int:
+    """Offer the same load at several rates, or search for the largest rate that meets the goals.
+
+    Parameters
+    ----------
+    request_rates:
+        Rates to try; without any, the capacity under --goodput is searched, from --request-rate on.
+    attainment:
+        Share of requests that must meet all goals.
+    tolerance:
+        How close the search comes to the capacity, as a share of it.
+    """
+    from presage.bench.sweep import bench_sweep
+
+    return 0 if bench_sweep(load, request_rates or [], attainment, tolerance).trials else 1
+
+
+@bench.command
+def compare(a: Path, b: Path, /) -> int:
+    """Compare two saved results.
+
+    Parameters
+    ----------
+    a:
+        Result of a run, as --save-result writes it.
+    b:
+        Result of the other run.
+    """
+    from presage.bench.compare import comparison, load_result
+
+    print(comparison(load_result(a), load_result(b), (a.stem, b.stem)))
+    return 0
+
+
+@bench.command
+def report(
+    results: Annotated[list[Path], Parameter(consume_multiple=True, negative=())], /, *, output: Path = Path("report.html"),
+    goodput: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+) -> int:  # fmt: skip
+    """Make one HTML page of saved results (with --save-detailed) or tables of records.
+
+    Parameters
+    ----------
+    results:
+        Results as JSON, or records as .csv or .parquet.
+    output:
+        The page.
+    goodput:
+        Goals in milliseconds: ttft:200 tpot:50 e2el:5000; those of the first result by default.
+    """
+    from presage.bench.compare import shown
+    from presage.bench.measures import parse_goodput
+    from presage.bench.page import write_page
+
+    runs = [shown(path) for path in results]
+    words = goodput if goodput is not None else (runs[0].about.get("config") or {}).get("goodput", [])
+    write_page(output, runs, parse_goodput(words))
+    print(f"report in {output}")
+    return 0
