@@ -2,8 +2,9 @@
 
     python benchmarks/linear.py [--threads 2] [--n 8192 --k 2048] [--copies 16] [--rows 1,8,16,64,512] [--format bf16]
 
-``--format``: bf16, f32, or a quantisation scheme (w8a8, w4a8, w4a8-g64-z, w4a16, bf16x12, ...); GFLOP/s are then integer operations. Several copies of the weight are used in turn, so that each call streams from memory. Everything is measured within the same
-minute; the machine may be shared, so read ratios (or use --threads 1 --cpu-time). The last column: time over that of one row.
+``--format``: bf16, f32, or a quantisation scheme (w8a8, w4a8, w4a8-g64-z, w4a16, bf16x12, ...); GFLOP/s are then integer operations.
+Several copies of the weight are used in turn, so that each call streams from memory. Everything is measured within the same minute; the
+machine may be shared, so read ratios (or use --threads 1 --cpu-time). The last column: time over that of one row.
 """
 
 from __future__ import annotations

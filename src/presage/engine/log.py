@@ -1,6 +1,7 @@
 """The decision log: what came in and what was decided, as length-prefixed msgpack frames that replay to byte-equal decisions.
 
-Frames: ``h`` header, ``i`` inputs of a turn (now, events, block names, cuts), ``d`` one decision (a launched step), ``n`` a note.
+Frames: ``h`` header, ``i`` inputs of a turn (now, events, block names, cuts), ``d`` one decision (a launched step), ``r`` whose a slot is,
+``s`` the drafts of a step, ``e`` the end of a request, ``n`` a note. Replays read h, i, d and n; ``presage explain`` reads all.
 Level ``shape`` keeps lengths, counts and block hashes; ``tokens`` keeps ids too (user data). Files rotate within a byte budget; a disk
 that is full drops and counts records and marks the log unreplayable, and serving goes on.
 """
@@ -18,7 +19,7 @@ import numpy as np
 from presage.core.events import Abort, Annotate, Arrive, Prioritise, Waited
 from presage.core.plan import Facts, Grants, StepDone, StepFault, StepPlan, Wake
 from presage.core.request import Request
-from presage.core.types import Finish, Flag
+from presage.core.types import EMPTY, Finish, Flag
 
 if TYPE_CHECKING:
     from presage.engine.loop import Loop
@@ -77,6 +78,7 @@ class DecisionLog(NullLog):
         self._turn: list[Any] = []
         self._names: list[bytes] = []
         self._cuts: list[Any] = []
+        self._whose: dict[int, int] = {}
         self._frame("h", self.header)
 
     def open(self, now: float, events: Sequence[Any]) -> None:
@@ -89,15 +91,18 @@ class DecisionLog(NullLog):
         self._names, self._cuts = [], []
 
     def close(self, loop: Loop, wake: Wake) -> Wake:
-        """Write the turn. Buffered: the driver flushes between turns when enough gathered."""
+        """Write the turn. It goes to disk when enough gathered, and when the engine has nothing left to compute."""
         self.turns += 1
         self._frame("i", [*self._turn, self._names, self._cuts])
-        if len(self.buffer) > 1 << 16:
+        if len(self.buffer) > 1 << 16 or not wake.steps:
             self.flush()
         return wake
 
     def decided(self, loop: Loop, plan: StepPlan, grants: Grants) -> None:
-        """The decision record: grants and evictions in plan order, prediction, free blocks, reasons."""
+        """The decision record: grants and evictions in plan order, prediction, free blocks, reasons; and what was drafted for it."""
+        self._introduce(loop, plan, grants)
+        if loop.drafter is not None:
+            self._frame("s", drafted(loop, plan, grants, self.level))
         self._frame("d", decision(loop, plan, grants))
 
     def settled(self, loop: Loop, facts: Facts) -> None:
@@ -151,6 +156,14 @@ class DecisionLog(NullLog):
         if self.file is not None and not self.file.closed:
             self.file.close()
 
+    def _introduce(self, loop: Loop, plan: StepPlan, grants: Grants) -> None:
+        """Whose the slots of a decision are, once per occupant."""
+        epoch = loop.table.epoch
+        for slot in (*plan.slot.tolist(), *(w[0] for w in grants.why)):
+            if self._whose.get(slot) != epoch[slot] and (req := loop.requests.get(slot)) is not None:
+                self._whose[slot] = int(epoch[slot])
+                self._frame("r", [slot, req.id, req.branch])
+
     def _frame(self, tag: str, body: Any) -> None:
         data = _pack([tag, body])
         self.buffer += len(data).to_bytes(4, "little") + data
@@ -164,6 +177,7 @@ class DecisionLog(NullLog):
                 old.unlink()
         self.file = open(self.folder / f"{self.number:05d}.plog", "wb")  # noqa: SIM115 (lives as long as the log)
         self.number, self.size = self.number + 1, 0
+        self._whose.clear()  # a file must be readable without those before it
         for old in sorted(self.folder.glob("*.plog"))[:-_FILES]:
             old.unlink()
             self.replayable = False
@@ -189,6 +203,14 @@ def decision(loop: Loop, plan: StepPlan, g: Grants) -> list[Any]:
     rows = np.stack([plan.slot, plan.start, plan.count, plan.nodes, plan.layer0, plan.layer1]).astype(np.int32)
     free = loop.kv.ledger().free.tolist()
     return [plan.id, plan.lane, rows.tobytes(), plan.want.tobytes(), g.evict.tobytes(), plan.predicted, free, [list(w) for w in g.why]]
+
+
+def drafted(loop: Loop, plan: StepPlan, g: Grants, level: str) -> list[Any]:
+    """What was drafted for a step: per span nodes asked for and granted, then the nodes that are verified. Ids at level tokens only."""
+    draft, bare = plan.draft, level != "tokens"
+    spans: list[np.ndarray] = [loop.table.ask[plan.slot].astype(np.int32), g.draft.astype(np.int32), draft.offset]
+    nodes: list[np.ndarray] = [EMPTY if bare else draft.token, draft.parent, draft.prob, draft.source]
+    return [plan.id, *(column.tobytes() for column in spans + nodes)]
 
 
 def encode_event(event: Any, level: str) -> list[Any]:
@@ -235,4 +257,5 @@ def _request(req: Request, level: str) -> dict[str, Any]:
         "prompt_logprobs": p.prompt_logprobs,
         "flags": int(flags),
         "thinking": [p.thinking_budget, req.extras.get("thinking_end_id")],
+        "draft": req.draft,
     }

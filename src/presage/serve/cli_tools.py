@@ -1,5 +1,29 @@
-"""The commands beside ``serve``: importing this module registers run-batch, bench, eval, profile, quantize and collect-env."""
+"""The commands beside ``serve``: importing this module registers them."""
 
-from presage.serve import cli_batch, cli_bench, cli_draft, cli_env, cli_eval, cli_profile, cli_quantize
+from presage.serve import (
+    cli_batch,
+    cli_bench,
+    cli_draft,
+    cli_env,
+    cli_eval,
+    cli_explain,
+    cli_profile,
+    cli_quantize,
+    cli_reproduce,
+    cli_simulate,
+    cli_top,
+)
 
-__all__ = ["cli_batch", "cli_bench", "cli_draft", "cli_env", "cli_eval", "cli_profile", "cli_quantize"]
+__all__ = [
+    "cli_batch",
+    "cli_bench",
+    "cli_draft",
+    "cli_env",
+    "cli_eval",
+    "cli_explain",
+    "cli_profile",
+    "cli_quantize",
+    "cli_reproduce",
+    "cli_simulate",
+    "cli_top",
+]
