@@ -29,6 +29,7 @@ UNSURE = 0.3
 CREDIT = 2.0
 EAGER, PATIENT = 0.5, 0.06
 BOLD, BOLD_EVERY, KNOWN = 0.25, 64, 2.0
+REST = 32
 
 
 @njit(cache=True, nogil=True)
@@ -71,7 +72,7 @@ class Marginal:
         self.k, self.explore = num_speculative_tokens, explore
         self.learner, self.acceptance = Learner(Wishes(rule), latency), Acceptance()
         self.gain = np.zeros(0)
-        self._plain, self._rate, self._credit, self._usual = 0.0, 0.0, 0.0, HOPE
+        self._plain, self._rate, self._credit, self._usual, self._rest = 0.0, 0.0, 0.0, HOPE, 0
 
     @property
     def wishes(self) -> Wishes:
@@ -92,7 +93,7 @@ class Marginal:
         forced = self.learner.wishes.bound[slots] | self._dear(int(length.max()))
         on = self._earning(slots, int(length.max()))
         if forced.any():
-            planned = self._planned(view, slots, length)
+            planned = self._replanned(view, slots, length, bool(len(fresh)))
             length, on = np.where(forced, np.maximum(planned, 1), length), np.where(forced, planned > 0, on)
         if on.all() or self._probing(view, slots, 1 if forced.any() else int(length.max())):
             out[slots] = length
@@ -150,6 +151,15 @@ class Marginal:
         share = cost / max(self._plain, 1e-9) / max(self.explore, 1e-9)
         every = 1 << int(np.clip(np.ceil(np.log2(max(share, 1.0))), OFTENEST, RAREST))
         return view.step % every == 0
+
+    def _replanned(self, view: EngineView, slots: Ints, length: Ints, fresh: bool) -> Ints:
+        """The plan, or zeros where plans have lately been empty: they are then made ever more rarely, until somebody new comes."""
+        self._rest = 0 if fresh else self._rest
+        if self._rest and view.step % self._rest:
+            return np.zeros(len(slots), np.int32)
+        planned = self._planned(view, slots, length)
+        self._rest = 0 if planned.any() else min(2 * max(self._rest, 1), REST)
+        return planned
 
     def _planned(self, view: EngineView, slots: Ints, length: Ints) -> Ints:
         """How far expected acceptance by position justifies to draft, 0 included: counts by the scan, then the best depth to cut all at."""
