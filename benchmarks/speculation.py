@@ -1,11 +1,12 @@
 """Speculation end to end: recorded outputs replayed by a real engine, with a drafter and without, in interleaved pairs.
 
     python benchmarks/speculation.py MODEL --data SHARED_DATA [--quantization w8a8] [--workloads agent tau sql code] [--pairs 7]
-        [--rows 4] [--history 0] [--concurrency 1] [--config '{"method": "suffix"}'] [--json FILE]
+        [--rows 2] [--history 100] [--concurrency 1] [--config '{"method": "suffix"}'] [--json FILE]
 
 MODEL: a checkpoint folder (random weights do: the output is forced, the engine's work is real). Each pair replays rows that neither engine saw
-before, the drafter keeping what it learnt from earlier pairs. The ratio is of decoding time: from a request's first token to its last,
-summed; ``whole`` includes the prompts. Prints the median of the ratios with their spread, tokens per step, and drafted per step.
+before. They are spread evenly over the recording behind its first ``--history`` rows, and the drafter has seen all outputs before them.
+The ratio is of decoding time: from a request's first token to its last, summed; ``whole`` includes the prompts. Prints the median of the
+ratios with their spread, tokens per step, and drafted per step.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class Engine:
 
 def measure(args: argparse.Namespace, name: str, plain: Engine, spec: Engine) -> dict[str, Any]:
     """One workload's line."""
+    import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizers" / "tinyllama" / "tokenizer.json"))
@@ -141,14 +143,18 @@ def measure(args: argparse.Namespace, name: str, plain: Engine, spec: Engine) ->
         p, o = tokenizer.encode(prompt).ids[-args.prompt :], tokenizer.encode(output).ids[: args.output]
         if len(o) >= 8 and p:
             rows.append((p, o))
-        if len(rows) == args.history + args.rows * args.pairs:
-            break
-    spec.remember([o for _, o in rows[: args.history]])
-    rows = rows[args.history :]
+    # Spread over all that came after the history; what lies between is learnt in passing, as a server would.
+    chosen = np.linspace(min(args.history, len(rows) - 1), len(rows) - 1, args.rows * args.pairs).astype(int).tolist()
+    for engine in (plain, spec):
+        engine.replay(rows[:1], 1, f"{name}-warm")
+    seen = 1
     before = spec.counts()
     pairs = []
-    for i in range(len(rows) // args.rows):
-        part, found = rows[i * args.rows : (i + 1) * args.rows], {}
+    for i in range(args.pairs):
+        at, found = chosen[i * args.rows : (i + 1) * args.rows], {}
+        part = [rows[k] for k in at]
+        spec.remember([rows[k][1] for k in range(seen, at[-1]) if k not in at])
+        seen = at[-1] + 1
         for engine in (plain, spec) if i % 2 == 0 else (spec, plain):
             found[engine] = engine.replay(part, args.concurrency, f"{name}-{i}")
         pairs.append([found[plain], found[spec]])
@@ -157,7 +163,7 @@ def measure(args: argparse.Namespace, name: str, plain: Engine, spec: Engine) ->
     steps, tokens, drafted, accepted = (b - a for a, b in zip(before, after, strict=True))
     decode, whole = ([a[k] / b[k] for a, b in pairs] for k in (0, 1))
     return {
-        "workload": name, "rows": len(rows), "output_tokens": int(tokens), "decode": statistics.median(decode),
+        "workload": name, "rows": len(chosen), "of": len(rows), "output_tokens": int(tokens), "decode": statistics.median(decode),
         "low": min(decode), "high": max(decode),
         "whole": statistics.median(whole), "tokens_per_step": accepted / max(1, tokens - accepted) + 1, "drafted_per_step": drafted / max(1, steps),
         "accepted_share": accepted / max(1, drafted), "target": TARGETS.get(name), "pairs": pairs,
@@ -172,11 +178,11 @@ def main() -> None:
     parser.add_argument("--quantization", default="w8a8")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=768, help="last tokens of the prompt that are used")
     parser.add_argument("--output", type=int, default=256, help="first tokens of the output that are used")
-    parser.add_argument("--history", type=int, default=0, help="rows whose outputs the drafter knows before the first measured one")
+    parser.add_argument("--history", type=int, default=100, help="rows whose outputs the drafter knows before the first measured one")
     parser.add_argument("--config", type=json.loads, default={"method": "suffix"})
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
