@@ -132,6 +132,11 @@ class ModuleProfile:
         """Share of the step that no module explains, or that clocks put on top of it; as a positive number."""
         return abs(self.seconds["rest"]) / self.step
 
+    def share(self, *names: str, around: bool = False) -> float:
+        """Share of the step that these modules take; ``around``: with what is around it, on both sides of the fraction."""
+        more = sum(self.around.values()) if around else 0.0
+        return (sum(self.seconds.get(name, 0.0) for name in names) + more) / (self.step + more)
+
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         c = self.case

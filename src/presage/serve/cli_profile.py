@@ -1,4 +1,4 @@
-"""``presage profile step``: where the time of a step goes, as a table in the terminal and as JSON."""
+"""``presage profile step | modules``: where the time of a step goes, as a table in the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from presage.serve.cli import Cache, Executor, Model, Scheduler, app, engine_con
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from presage.bench.modules import ModuleProfile
     from presage.bench.profile import Part, StepProfile
 
 profile = App(name="profile", help="Look inside: where the time of a step goes.")
@@ -75,12 +76,101 @@ def step(
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+@profile.command
+def modules(
+    model_name: Annotated[str, Parameter(name="MODEL")] = "",
+    /,
+    *,
+    batch: str = "1,8",
+    prompt: str = "256",
+    context: str = "128,1024",
+    repeats: int = 20,
+    fused: bool = False,
+    figure: str | None = None,
+    as_json: Annotated[str | None, Parameter(name="--json")] = None,
+    model: Model = ModelConfig(),
+    cache: Cache = CacheConfig(),
+    scheduler: Scheduler = SchedulerConfig(),
+    executor: Executor = ExecutorConfig(),
+) -> int:
+    """Time the modules of prefill and decode: embedding, norms, projections, rotary, attention, MLP, head, sampling, and what is around steps.
+
+    Parameters
+    ----------
+    model_name:
+        Checkpoint folder, .gguf file, hub name, or presage-tiny.
+    batch:
+        Numbers of sequences, with commas.
+    prompt:
+        Prompt lengths of prefill, with commas.
+    context:
+        Tokens behind which sequences decode, with commas.
+    repeats:
+        Steps measured of each kind; the fastest third counts.
+    fused:
+        Leave norms inside the linear layers that fuse them, as a step runs; otherwise they are timed by themselves.
+    figure:
+        File for stacked bars: .svg or .html.
+    as_json:
+        File for the numbers.
+    """
+    from presage.bench.modules import cases, profile_modules
+    from presage.kernels.cpu.environment import prepare_environment
+
+    wanted = cases(_numbers(batch), _numbers(context, "context"), _numbers(prompt, "prompt"))
+    prepare_environment()
+    config = engine_config(model_name, model, cache, scheduler, executor)
+    found = profile_modules(config, wanted, repeats, not fused)
+    _show_modules(found, fused)
+    if figure is not None:
+        from presage.bench.bars import write_bars
+
+        write_bars(figure, f"{config.model.model}: time by module", [(p.label, p.seconds | p.around) for p in found])
+    if as_json is not None:
+        Path(as_json).write_text(json.dumps([p.as_dict() for p in found]) + "\n", encoding="utf-8")
+    return 0
+
+
+def _show_modules(found: list[ModuleProfile], fused: bool) -> None:
+    from rich.console import Console
+
+    console = Console(width=max(110, 24 + 20 * len(found)))
+    console.print(module_table(found, fused))
+    for p in found:
+        console.print(f"{p.label}: longest is {max(p.seconds, key=lambda k: p.seconds[k])}; clocks cost {p.timed / p.step - 1:+.1%} of the step")
+
+
+def module_table(found: list[ModuleProfile], fused: bool = False) -> Table:
+    """Milliseconds and share of the step by module, a column per case."""
+    from rich.table import Table
+
+    from presage.bench.modules import AROUND, MODULES
+
+    table = Table(title="ms and share of the step" + (", norms inside qkv, gate_up and head" if fused else ""), title_justify="left")
+    table.add_column("module", no_wrap=True)
+    for p in found:
+        table.add_column(p.label, justify="right")
+    for name in MODULES:
+        if any(name in p.seconds for p in found):
+            table.add_row(name, *(_cell(p.seconds.get(name), p.step) for p in found))
+    table.add_section()
+    table.add_row("step", *(_cell(p.step, p.step) for p in found))
+    for name in AROUND:
+        if any(name in p.around for p in found):
+            table.add_row(f"{name}, per step", *(_cell(p.around.get(name), p.step) for p in found))
+    return table
+
+
+def _cell(seconds: float | None, step: float) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3f} {seconds / step:6.1%}"
+
+
+def _numbers(text: str, what: str = "batch") -> list[int]:
     from presage.core.errors import ConfigError
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"batch sizes are positive numbers with commas between them, not {text!r}", param="batch")
+        raise ConfigError(f"{what} sizes are positive numbers with commas between them, not {text!r}", param=what)
     return [int(part) for part in parts]
 
 
