@@ -96,8 +96,7 @@ def run(job: Job) -> Measured:
             [n, f"{100 * t.right.mean():.1f}", f"{1e3 * t.each:.1f}", f"{np.median(t.watts):.1f}", f"{1e3 * t.right.mean() / np.median(t.watts):.1f}",
              f"{t.right.mean() / t.each:.2f}"] for n, t in took.items()])],
         notes=[
-            f"Joules here are {'modelled' if source.name == 'modelled' else 'measured'}: {source.about}."
-            + "".join(f" {t}." for t in told),
+            f"Joules here are {'modelled' if source.name == 'modelled' else 'measured'}: {source.about}." + "".join(f" {t}." for t in told),
             f"The small one says the large one's word in {100 * alike:.0f} % of the questions; the paper's 20 models together reach 88.7 %. "
             "Both have seen these texts in training. A modelled joule is processor time and waiting times constants: trust ratios only.",
         ],
