@@ -16,17 +16,15 @@ import numpy as np
 import torch
 
 from presage.bench.datasets import random_ids
-from presage.bench.profile import Case, Stopwatch, clocked, loop_seconds, sized
+from presage.bench.profile import Case, Stopwatch, clocked, loop_seconds, sized, timed_executor
 from presage.bench.steps import FixedSteps
 from presage.bench.timed_ops import TimedNorm, TimedOps
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
-from presage.core.kv import KVGeometry
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
-from presage.engine.build import Engine, build_engine, in_passing_thread, load_model
+from presage.engine.build import Engine, build_engine
 from presage.execute.executor import TorchExecutor
-from presage.execute.sampling.sampler import Sampler
 from presage.layers.linear import Linear
 from presage.layers.moe import Experts
 from presage.layers.ops import BoundNorm, Maybe, Ops
@@ -165,13 +163,9 @@ def profile_modules(config: EngineConfig, wanted: Sequence[Case], repeats: int =
 
 def module_executor(config: EngineConfig, split: bool = True) -> tuple[TorchExecutor, ModuleOps]:
     """An executor, not started, on a model whose operations are timed by module."""
-    _, model, _ = in_passing_thread(lambda: load_model(config, wrap=lambda ops: ModuleOps(ops, split)))
-    groups, blocks = model.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype), config.cache.num_gpu_blocks_override
-    if blocks is None:
-        raise ConfigError("timing modules sizes the KV cache itself; leave out kv_cache_memory", param="kv_cache_memory")
-    geometry = KVGeometry(groups=groups, num_blocks=(blocks,) * len(groups))
-    model.ops.learn(model)
-    return TorchExecutor(model, geometry, Sampler(model.vocab_size), depth=1, kv_cache_dtype=config.cache.kv_cache_dtype), model.ops
+    executor, ops = timed_executor(config, lambda ops: ModuleOps(ops, split))
+    ops.learn(executor.model)
+    return executor, ops
 
 
 def profile_case(executor: TorchExecutor, ops: ModuleOps, case: Case, repeats: int) -> ModuleProfile:

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -265,7 +266,7 @@ def profile_steps(config: EngineConfig, cases: Sequence[Case], repeats: int = 20
         raise ConfigError("nothing to profile: name at least one batch size and one repeat")
     config, threads = sized(config, cases), thread_count(config)
     if kernels:
-        executor, timed = timed_executor(config)
+        executor, timed = timed_executor(config, TimedOps)
         return [profile_case(executor, case, threads, repeats, timed) for case in cases]
     watch = Stopwatch()
     engine = build_engine(config, watch, progress=True)
@@ -279,12 +280,15 @@ def profile_steps(config: EngineConfig, cases: Sequence[Case], repeats: int = 20
     return [replace(profile, loop=loop) for profile, loop in zip(found, loops, strict=True)]
 
 
-def timed_executor(config: EngineConfig) -> tuple[TorchExecutor, TimedOps]:
-    """An executor, not started, on a model whose operations are timed."""
+Timed = TypeVar("Timed", bound=TimedOps)
+
+
+def timed_executor(config: EngineConfig, wrap: Callable[[Any], Timed]) -> tuple[TorchExecutor, Timed]:
+    """An executor, not started, on a model whose operations are timed by what ``wrap`` puts around them."""
     from presage.core.kv import KVGeometry
     from presage.execute.sampling.sampler import Sampler
 
-    _, model, _ = in_passing_thread(lambda: load_model(config, wrap=TimedOps))
+    _, model, _ = in_passing_thread(lambda: load_model(config, wrap=wrap))
     groups = model.kv_groups(config.cache.block_size, config.cache.kv_cache_dtype)
     blocks = config.cache.num_gpu_blocks_override
     if blocks is None:

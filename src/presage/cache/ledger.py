@@ -33,11 +33,11 @@ def _cold(slots, todo, blocks, table, refs):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _need(slots, upto, block, owned, todo, out):  # type: ignore[no-untyped-def]
-    """Blocks above what each slot owns in one pool; returns whether any slot has something to look at first."""
+    """Blocks above what each slot owns in one pool (below zero: it owns more); returns whether any slot has something to look at first."""
     found = False
     for i in range(len(slots)):
         s = slots[i]
-        out[i] = max(0, (upto[i] + block - 1) // block - owned[s])
+        out[i] = (upto[i] + block - 1) // block - owned[s]
         found = found or todo[s] != 0
     return found
 
@@ -61,12 +61,8 @@ class BlockLedger:
         for g, owned in enumerate(kv.owned):
             found = _need(slots, upto, kv.block_tokens, owned, kv.todo, out[:, g]) or found
         if found:
-            want = -(-upto // kv.block_tokens)
-            for g, owned in enumerate(kv.owned):
-                out[:, g] = want - owned[slots]
             self._add_todo(out, slots, kv.todo[slots])
-            np.maximum(out, 0, out=out)
-        return out
+        return np.maximum(out, 0, out=out)
 
     def _add_todo(self, out: Longs, slots: Ints, todo: np.ndarray) -> None:
         kv = self._kv

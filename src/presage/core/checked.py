@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from inspect import signature
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -16,7 +17,7 @@ MOST = 1024
 
 def checked(kind: Any, settings: Mapping[str, Any], what: str) -> None:
     """Raise ConfigError if a setting is not of the type that ``kind``'s constructor names; types JSON cannot write are left to it."""
-    hints = get_type_hints(getattr(kind, "__init__") if isinstance(kind, type) else kind)  # noqa: B009
+    hints = {name: p.annotation for name, p in signature(kind, eval_str=True).parameters.items()}
     for name, value in settings.items():
         if name not in hints:
             continue

@@ -16,28 +16,38 @@ from presage.core.types import Floats, Ints, Longs
 
 
 class Companion(Protocol):
-    """Per-request state outside the table, by slot. Preemption calls nothing; ``length(slot)`` always equals ``known``."""
+    """Per-request state outside the table, by slot. Preemption calls nothing; ``length(slot)`` always equals ``known``.
+
+    One that keeps nothing of the ids may derive from this: ids then pass it by, a fork opens the branch's own request, and nothing is saved.
+    """
 
     def open(self, slot: int, req: Request) -> None:
         """A request took the slot; its known ids are ``req.prompt`` + ``req.emitted``."""
+        return
 
     def advance(self, new: NewIds) -> None:
         """Committed ids of one step."""
+        return
 
     def rewind(self, slot: int, known: int) -> None:
         """Forget ids at and after ``known``."""
+        return
 
     def fork(self, src: int, dst: int, req: Request) -> None:
         """``dst`` starts as a copy of ``src``."""
+        self.open(dst, req)
 
     def save(self, slot: int) -> bytes | None:
         """State for migration; None = the receiver rebuilds by open + advance."""
+        return None
 
     def load(self, slot: int, blob: bytes) -> None:
         """Restore what ``save`` gave."""
+        return
 
     def close(self, slot: int) -> None:
         """The request left the slot."""
+        return
 
 
 class Ledger(Protocol):

@@ -21,7 +21,7 @@ from presage.core.types import Ints, Longs
 
 
 @njit("i8(i4[::1],i8[::1],i4[::1],i4[::1],i4[::1],i4[::1],i4[::1],i4[::1],i4[::1],i4[::1],i8,i8,i4[::1],i4[::1])", cache=True, nogil=True)
-def _take_in(
+def take_in(
     data: Any, start: Any, room: Any, length: Any, prompt: Any, done: Any, cap: Any, slots: Any, off: Any, ids: Any, quota: Any, lag: Any,
     some: Any, upto: Any,
 ) -> Any:  # fmt: skip
@@ -206,7 +206,7 @@ class HostDrafter(ABC):
         if len(self._some) < len(new.slot):
             self._some, self._upto = (np.zeros(2 * len(new.slot), np.int32) for _ in range(2))
         return int(
-            _take_in(
+            take_in(
                 self.tokens.data, self.start, self.room, self.length, self.prompt, self.done, self.cap, new.slot, new.off, new.ids, self.quota,
                 self.lag, self._some, self._upto,
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from presage.draft.host import _take_in as take_in
+from presage.draft.host import take_in
 from presage.draft.suffix_tree import (
     BCNT,
     BEST,

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 from numba import njit
 
-from presage.core.plan import NewIds, StepPlan, Verdict
+from presage.core.plan import StepPlan, Verdict
+from presage.core.protocols import Companion
 from presage.core.request import Request
 from presage.core.types import Ints, Want
 
@@ -90,7 +91,7 @@ def _walk(offset, token, parent, nodes, sampling, truth_off, truth, path_off, pa
     return accepted, decided
 
 
-class TraceOracle:
+class TraceOracle(Companion):
     """Recorded replies where the request has one, the rule elsewhere. After a reply's end come ``eos`` ids (the rule's, if there is none)."""
 
     def __init__(self, eos: int | None = None) -> None:
@@ -144,23 +145,6 @@ class TraceOracle:
         reply = req.extras.get("replies", {}).get(req.branch, req.extras.get("reply"))
         if reply is not None:
             self.replies[slot] = (len(req.prompt), np.asarray(reply, np.int32))
-
-    def advance(self, new: NewIds) -> None:
-        """Nothing to learn: the future is fixed."""
-
-    def rewind(self, slot: int, known: int) -> None:
-        """Ids depend on the position alone."""
-
-    def fork(self, src: int, dst: int, req: Request) -> None:
-        """A branch says something of its own."""
-        self.open(dst, req)
-
-    def save(self, slot: int) -> bytes | None:
-        """Rebuilt by ``open``."""
-        return None
-
-    def load(self, slot: int, blob: bytes) -> None:
-        """Rebuilt by ``open``."""
 
     def close(self, slot: int) -> None:
         """Forget the slot."""

@@ -101,8 +101,8 @@ class RecordedRun:
     @property
     def requests(self) -> list[Request]:
         """The requests as they came, with what they said; arrivals as the loop saw them."""
-        found = [(now, e.request) for now, e, _ in self.events if isinstance(e, Arrive)]
-        return [msgspec.structs.replace(r, arrival=now) for now, r in found]
+        found = [(at, e.request) for at, e, _ in self.events if isinstance(e, Arrive)]
+        return [msgspec.structs.replace(r, arrival=at) for at, r in found]
 
 
 def read_run(folder: str | Path) -> RecordedRun:
@@ -186,9 +186,9 @@ def rerun(folder: str | Path) -> int:
         run.config, run.target(NoLatency()), Collector(timeline=False), parts=parts, executor=lambda *made: TimedExecutor(run.ends, *made)
     )
     driver = VirtualDriver([replica], (), bursts=False)
-    for now, event, after in run.events:
+    for at, event, after in run.events:
         # What the engine found in its inbox before a step's end comes just before it, what it found behind it at the same instant.
-        driver.post(now if after else math.nextafter(now, -math.inf), 0, event)
+        driver.post(at if after else math.nextafter(at, -math.inf), 0, event)
     try:
         driver.run()
     except ReplayMismatch:

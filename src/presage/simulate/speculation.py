@@ -9,9 +9,8 @@ import numpy as np
 
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
-from presage.core.plan import Draft, Facts, Grants, NewIds, StepDone, StepPlan
-from presage.core.protocols import EngineView, LatencyModel
-from presage.core.request import Request
+from presage.core.plan import Draft, Facts, Grants, StepDone, StepPlan
+from presage.core.protocols import Companion, EngineView, LatencyModel
 from presage.core.types import Floats, Ints
 from presage.draft.length import make_length
 from presage.draft.length.steptime import StepTime
@@ -21,7 +20,7 @@ from presage.draft.settings import parse_speculative
 TOKENS = 4
 
 
-class Assumed:
+class Assumed(Companion):
     """A drafter for traces without contents: chains of ``tokens`` ids, whose k-th comes true with ``rate`` ** k (``oracle.LawOracle`` draws)."""
 
     def __init__(self, tokens: int, rate: float) -> None:
@@ -37,21 +36,6 @@ class Assumed:
         draft.prob[:] = self.rate ** (draft.depth.astype(np.float64))
         return draft
         yield  # a generator, as the protocol wants
-
-    def open(self, slot: int, req: Request) -> None:
-        """Nothing is known of anybody."""
-
-    def advance(self, new: NewIds) -> None:
-        """Nothing is learnt."""
-
-    def rewind(self, slot: int, known: int) -> None:
-        """Nothing is kept."""
-
-    def fork(self, src: int, dst: int, req: Request) -> None:
-        """Nothing is kept."""
-
-    def close(self, slot: int) -> None:
-        """Nothing is kept."""
 
 
 class Drafting:

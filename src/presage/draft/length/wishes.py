@@ -9,7 +9,7 @@ import numpy as np
 
 from presage import verify
 from presage.core.errors import ConfigError, RequestError
-from presage.core.plan import NewIds
+from presage.core.protocols import Companion
 from presage.core.request import Request
 
 UNCAPPED = (1 << 31) - 1
@@ -41,7 +41,7 @@ def cap_of(draft: dict[str, Any] | None) -> int:
     return cap
 
 
-class Wishes:
+class Wishes(Companion):
     """Per-slot columns: ``cap`` [C] nodes, ``each`` [C] seconds allowed per token (inf = no target), ``bound`` [C] True under a rejection rule.
 
     The loop drives it as a companion. Without that wiring every slot has the defaults, and what ``rule``, the engine's, binds. A request's
@@ -78,23 +78,6 @@ class Wishes:
         if req.accept not in self._binds:
             self._binds[req.accept] = binding(req.accept)
         self.bound[slot] = self._bound or self._binds[req.accept]
-
-    def advance(self, new: NewIds) -> None:
-        """Wishes do not change."""
-
-    def rewind(self, slot: int, known: int) -> None:
-        """Wishes do not change."""
-
-    def fork(self, src: int, dst: int, req: Request) -> None:
-        """A branch wishes what its own request says."""
-        self.open(dst, req)
-
-    def save(self, slot: int) -> bytes | None:
-        """Nothing: the receiver opens the request again."""
-        return None
-
-    def load(self, slot: int, blob: bytes) -> None:
-        """Nothing was saved."""
 
     def close(self, slot: int) -> None:
         """Back to the defaults."""
