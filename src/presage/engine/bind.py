@@ -18,8 +18,10 @@ def frontier(table: Table, grants: Grants, lane: int) -> Ints:
     return out
 
 
-def bind(step: int, lane: int, table: Table, arena: Arena, kv: KVCache, grants: Grants, draft: Draft, moves: Moves, layers: int) -> StepPlan:
-    """The plan of one forward pass. Rows of a span: its known tokens, then its draft nodes."""
+def bind(
+    step: int, lane: int, table: Table, arena: Arena, kv: KVCache, grants: Grants, draft: Draft, moves: Moves, layers: int, tables: bool = True
+) -> StepPlan:  # fmt: skip
+    """The plan of one forward pass. Rows of a span: its known tokens, then its draft nodes. Without ``tables`` it has no addresses in the KV."""
     t, slot, count, n = table, grants.slot, grants.tokens, len(grants)
     nodes = draft.offset[1:] - draft.offset[:-1]
     start, rows, want = np.empty(n, np.int32), np.empty(n + 1, np.int32), np.empty(n, np.uint8)
@@ -57,7 +59,7 @@ def bind(step: int, lane: int, table: Table, arena: Arena, kv: KVCache, grants: 
         ids=ids,
         position=position,
         index=index,
-        tables=tuple([_table(kv, g, slot, start, count, nodes, rows, index) for g in range(len(kv.tables))]),
+        tables=tuple([_table(kv, g, slot, start, count, nodes, rows, index) for g in range(len(kv.tables) if tables else 0)]),
         draft=draft,
         ancestors=_ancestors(count, nodes, draft, rows) if len(draft) else None,
         moves=moves,

@@ -5,6 +5,7 @@ receive -> admit (``receive.py``) -> schedule -> draft -> execute -> verify -> e
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Flight:
 
 @dataclass(slots=True)
 class LoopConfig:
-    """What the loop itself needs to know."""
+    """What the loop itself needs to know. ``tables``: whether plans carry block tables (no modelled executor reads them)."""
 
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 512
@@ -60,6 +61,7 @@ class LoopConfig:
     max_drafts: int = 0
     ahead: bool = True
     rule: str = "keyed"
+    tables: bool = True
 
 
 class Loop:
@@ -99,7 +101,7 @@ class Loop:
         self.view = View(table, executor.layers, config.max_num_seqs, self.kv.geometry.num_blocks, latency)
         self.receiver, self.programs = Receiver(self), Programs(self)
         self.running: list[int] = []
-        self.queue: list[int] = []
+        self.queue = array("i")  # as numbers, not as objects: it is read every plan, and thousands may wait
         self._ready: Ints | None = None
         self.flight: dict[int, Flight] = {}
         self.ahead: Grants | None = None
@@ -267,7 +269,7 @@ class Loop:
             g, draft = self._held(g, draft)
             if not len(g):
                 return
-        plan = bind(self.steps, 0, self.table, self.arena, self.kv, g, draft, self._with_rows(moves), self.executor.layers)
+        plan = bind(self.steps, 0, self.table, self.arena, self.kv, g, draft, self._with_rows(moves), self.executor.layers, self.config.tables)
         plan.rule = self.config.rule
         self.launch(plan, g, draft)
 

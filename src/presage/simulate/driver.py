@@ -50,11 +50,6 @@ class Replica:
         loop.config.ahead = loop.config.ahead and not self.lazy
 
     @property
-    def load(self) -> int:
-        """Requests it holds."""
-        return len(self.loop.requests) + len(self.inbox)
-
-    @property
     def full(self) -> bool:
         """Whether a new request could not be launched now."""
         return len(self.executor.flight) >= self.executor.depth and self.loop.side is None
@@ -73,7 +68,8 @@ def _is_event(event: Event | Request | int) -> bool:
 
 def least_loaded(request: Request, replicas: Sequence[Replica]) -> int:
     """The replica with the fewest requests; the first of equals."""
-    return min(range(len(replicas)), key=lambda i: replicas[i].load)
+    loads = [len(r.loop.requests) + len(r.inbox) for r in replicas]
+    return loads.index(min(loads))
 
 
 @dataclass(slots=True)

@@ -215,7 +215,7 @@ def make_replica(
     )
     emitter = RowEmitter(table, requests, out, index)
     settings = loop_config(config, target.max_model_len)
-    settings.max_drafts = max_drafts
+    settings.max_drafts, settings.tables = max_drafts, False
     loop = Loop(
         settings,
         device,
