@@ -71,6 +71,11 @@ def math(data: Path) -> Rows:
 WORKLOADS = {"agent": agent, "tau": tau, "sql": sql, "code": code, "math": math}
 
 
+def leaves(drafter: Any) -> list[Any]:
+    """A drafter's parts, and theirs."""
+    return [leaf for part in drafter.drafters for leaf in leaves(part)] if hasattr(drafter, "drafters") else [drafter]
+
+
 class Engine:
     """One engine and its measurements. ``speculative``: its configuration, None for none."""
 
@@ -119,12 +124,13 @@ class Engine:
 
     def remember(self, outputs: list[list[int]]) -> None:
         """Past outputs, as a server would have seen them before."""
-        drafter = self.engine.loop.drafter
-        if outputs and hasattr(drafter, "warm_up"):
+        learners = [d for d in leaves(self.engine.loop.drafter) if hasattr(d, "warm_up")]
+        if outputs and learners:
             with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
                 file.writelines(json.dumps({"token_ids": ids}) + "\n" for ids in outputs)
                 file.flush()
-                drafter.warm_up(file.name)
+                for drafter in learners:
+                    drafter.warm_up(file.name)
 
     def counts(self) -> tuple[float, float, float, float]:
         """Steps, tokens, drafted, accepted so far."""
