@@ -2,7 +2,7 @@
 
     python benchmarks/speculation_peers.py MODEL --data SHARED_DATA --vllm-python V/bin/python
         --llamacpp-python L/bin/python --gguf Q4_0=FILE Q8_0=FILE [--own 'w4a8={"method": "suffix"}' ...] [--only equal vllm llama.cpp]
-        [--workloads agent tau] [--pairs 9] [--rows 3] [--warm 3] [--concurrency 1] [--json FILE]
+        [--workloads agent tau] [--pairs 9] [--rows 3] [--warm 3] [--history 0] [--concurrency 1] [--json FILE]
 
 MODEL is a bf16 checkpoint folder (random weights do: outputs are forced, work is real). vLLM's environment needs arctic-inference. Each engine
 is a process of its own, two at most at once. ``equal``: ours in bf16 with suffix against vLLM in bf16 with suffix. ``vllm``, ``llama.cpp``: the
@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,44 @@ LOOKUPS = ["copy:0", *(f"{method}:{length}" for method in ("copy", "counts") for
 Record = list[list[list[int]]]
 
 
-def recorded(name: str, args: argparse.Namespace) -> Record:
-    """[prompt ids, output ids] of a workload's first rows that fit: whole prompts, so that what requests share stays shared."""
+@dataclass(frozen=True)
+class Rows:
+    """``warm`` rows and those of each pair; ``lessons[0]``: outputs known before the warm rows, ``lessons[1 + i]``: learnt before pair i."""
+
+    warm: Record
+    pairs: list[Record]
+    lessons: list[list[list[int]]]
+
+
+def recorded(name: str, args: argparse.Namespace) -> Rows:
+    """Rows of a workload that fit: whole prompts, so that what requests share stays shared, or with ``--cut`` their ends. Without ``--history``
+    the first of the recording; else spread evenly over what comes behind it, and the outputs of all rows before are known."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(args.data / "tokenizers" / "tinyllama" / "tokenizer.json"))
     rows: Record = []
+    count = args.rows * args.pairs
     for prompt, output in WORKLOADS[name](args.data):
-        if len(prompt) > 8 * args.prompt:
+        if args.cut:
+            prompt = prompt[-8 * args.prompt :]
+        elif len(prompt) > 8 * args.prompt:
             continue
         p, o = tokenizer.encode(prompt).ids, tokenizer.encode(output).ids[: args.output]
+        p = p[-args.prompt :] if args.cut else p
         if 0 < len(p) <= args.prompt and len(o) >= 8:
             rows.append([p, o])
-        if len(rows) == args.warm + args.rows * args.pairs:
+        if not args.history and len(rows) == args.warm + count:
             break
-    return rows
+    first = max(args.warm, min(args.history, len(rows) - count))
+    step = (len(rows) - first) / count if args.history else 1.0
+    places = [first + int(i * step) for i in range(count) if first + int(i * step) < len(rows)]
+    pairs, lessons, seen = [], [[o for _, o in rows[: first - args.warm]]], first
+    for start in range(0, len(places) - args.rows + 1, args.rows):
+        part = places[start : start + args.rows]
+        lessons.append([rows[k][1] for k in range(seen, part[-1]) if k not in part])
+        pairs.append([rows[k] for k in part])
+        seen = part[-1] + 1
+    return Rows(rows[first - args.warm : first], pairs, lessons)
 
 
 class Comparison:
@@ -63,7 +87,12 @@ class Comparison:
         found: dict[str, Any] = worker.ask("replay", rows, self.args.concurrency, f"r{self.tag}")
         return found | {"disturbed": worker.disturbed}
 
-    def fastest(self, specs: list[Spec], rows: Record) -> tuple[Spec, str]:
+    def teach(self, spec: Spec, outputs: list[list[int]], keep: tuple[Spec, ...] = ()) -> None:
+        """Outputs that an engine's drafter would have seen."""
+        if outputs:
+            self.pool.get(spec, keep).ask("remember", outputs)
+
+    def fastest(self, specs: list[Spec], rows: Rows) -> tuple[Spec, str]:
         """The engine, and for llama.cpp its lookup, that needs the least time for warm rows; without asking where there is no choice."""
         lookups = {spec: self.args.lookups if spec.kind == "llama.cpp" else [""] for spec in specs}
         if len(specs) == len(lookups[specs[0]]) == 1:
@@ -73,37 +102,40 @@ class Comparison:
             for lookup in lookups[spec]:
                 if lookup:
                     self.pool.get(spec).ask("use", *lookup.split(":"))
-                r = self.replay(spec, rows)
+                self.teach(spec, rows.lessons[0])
+                r = self.replay(spec, rows.warm)
                 found[spec, lookup] = r["seconds"]
                 print(f"  trial {spec.name} {lookup}: {shown(r)}", flush=True)
             self.pool.stop(spec)  # so that it knows nothing when the pairs begin
         return min(found, key=found.__getitem__)
 
-    def pairs(self, ours: Spec, peer: Spec, lookup: str, rows: Record) -> list[list[dict[str, Any]]]:
+    def pairs(self, ours: Spec, peer: Spec, lookup: str, rows: Rows) -> list[list[dict[str, Any]]]:
         """[ours, peer's] of each pair, after the warm rows."""
-        both, warm, size = (ours, peer), rows[: self.args.warm], self.args.rows
+        both = (ours, peer)
         workers = {spec: self.pool.get(spec, both) for spec in both}
         if lookup:
             workers[peer].ask("use", *lookup.split(":"))
         print("  loaded", flush=True)
         began = time.perf_counter()
-        for spec in both if warm else ():
-            self.replay(spec, warm, both)
+        for spec in both if rows.warm else ():
+            self.teach(spec, rows.lessons[0], both)
+            self.replay(spec, rows.warm, both)
         out: list[list[dict[str, Any]]] = []
-        for start in range(len(warm), len(rows) - size + 1, size):
+        for part, lesson in zip(rows.pairs, rows.lessons[1:], strict=True):
             if out and time.perf_counter() - began > self.args.seconds:
                 break
+            for spec in both:
+                self.teach(spec, lesson, both)
             order = both if len(out) % 2 == 0 else both[::-1]
-            found = {spec: self.replay(spec, rows[start : start + size], both) for spec in order}
+            found = {spec: self.replay(spec, part, both) for spec in order}
             out.append([found[ours], found[peer]])
             a, b = out[-1]
             print(f"  pair {len(out)}: {b['seconds'] / a['seconds']:.2f}x; ours {shown(a)}; peer {shown(b)}", flush=True)
         return out
 
-    def line(self, case: str, name: str, rows: Record, ours: list[Spec], peers: list[Spec]) -> dict[str, Any]:
+    def line(self, case: str, name: str, rows: Rows, ours: list[Spec], peers: list[Spec]) -> dict[str, Any]:
         """One row of the table."""
-        warm = rows[: self.args.warm]
-        own, (peer, lookup) = self.fastest(ours, warm)[0], self.fastest(peers, warm)
+        own, (peer, lookup) = self.fastest(ours, rows)[0], self.fastest(peers, rows)
         pairs = self.pairs(own, peer, lookup, rows)
         ratios = [b["seconds"] / a["seconds"] for a, b in pairs]
         sides = [{k: sum(p[i][k] for p in pairs) for k in ("seconds", "tokens", "steps", "drafted", "forcing")} for i in (0, 1)]
@@ -150,8 +182,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--rows", type=int, default=3, help="rows of a pair")
     parser.add_argument("--warm", type=int, default=3, help="rows before the first pair")
+    parser.add_argument("--history", type=int, default=0, help="rows of the recording whose outputs all drafters know before the warm rows")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no pair of a workload later than this after its warm rows began")
     parser.add_argument("--prompt", type=int, default=3000, help="rows with longer prompts are left out")
+    parser.add_argument("--cut", action="store_true", help="keep rows with longer prompts, and the end of these (later turns of long sessions)")
     parser.add_argument("--output", type=int, default=1500, help="longer outputs are cut")
     parser.add_argument("--concurrency", type=int, default=1, help="requests at once; llama.cpp: only 1")
     parser.add_argument("--room", type=float, default=7.0, help="GiB that must be available before another engine is started")

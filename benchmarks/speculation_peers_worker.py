@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections import Counter, defaultdict
 from typing import Any
 
+import numpy as np
 import peers_worker
+from speculation import leaves
 
 LONGEST = 4608
 """Tokens of a request at most: prompts of 3,000 and outputs of 1,500 fit."""
@@ -56,6 +59,10 @@ class Replay:
                 found["tokens"] += sum(count for _, count in m[1:])
                 found["steps"] += len(m) - 1
         return found | {"drafted": self.drafts() - drafted, "forcing": self.forcing - forcing}
+
+    def remember(self, outputs: list[list[int]]) -> int:
+        """Past outputs for the drafter, as if it had seen them; how many it took. 0 if it keeps none."""
+        return 0
 
     def drafts(self) -> int:
         """Ids drafted so far."""
@@ -101,8 +108,6 @@ class Presage(Replay):
 
     def submit(self, key: str, prompt: list[int], output: list[int]) -> None:
         """The recorded output goes with the request."""
-        import numpy as np
-
         from presage.bench.forced import FORCED
         from presage.core.request import Request
         from presage.core.sampling_params import SamplingParams
@@ -115,6 +120,14 @@ class Presage(Replay):
         self.engine.driver.step()
         came, self.came = self.came, []
         return came
+
+    def remember(self, outputs: list[list[int]]) -> int:
+        """From a file, as a server would be warmed up."""
+        learners = [d for d in leaves(self.engine.loop.drafter) if hasattr(d, "warm_up")]
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+            file.writelines(json.dumps({"token_ids": ids}) + "\n" for ids in outputs)
+            file.flush()
+            return sum(d.warm_up(file.name) for d in learners)
 
     def drafts(self) -> int:
         """As the engine counts them."""
@@ -132,6 +145,7 @@ class Vllm(Replay):
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         self.version, (precision, _, config) = vllm.__version__, variant.partition("=")
+        self.past = 0
         self._force(CPUModelRunner)
         self.engine = vllm.LLM(
             model, skip_tokenizer_init=True, dtype="bfloat16" if precision == "bf16" else precision, max_model_len=LONGEST, max_num_seqs=8,
@@ -142,7 +156,11 @@ class Vllm(Replay):
         """Wrap the sampling of a runner class: row j of a request with n ids so far is to say the recorded id n + j."""
         import torch
 
-        original = runner_class._sample
+        original, made = runner_class._sample, runner_class.__init__
+
+        def init(runner: Any, *args: Any, **more: Any) -> None:
+            self.runner = runner
+            made(runner, *args, **more)
 
         def sample(runner: Any, logits: Any, metadata: Any) -> Any:
             began = time.perf_counter()
@@ -162,7 +180,7 @@ class Vllm(Replay):
             self.forcing += time.perf_counter() - began
             return original(runner, logits, metadata)
 
-        runner_class._sample = sample
+        runner_class._sample, runner_class.__init__ = sample, init
 
     def submit(self, key: str, prompt: list[int], output: list[int]) -> None:
         """The recorded output goes with the sampling parameters."""
@@ -176,6 +194,18 @@ class Vllm(Replay):
     def step(self) -> list[tuple[str, list[int]]]:
         """One step of the engine."""
         return [(o.request_id, list(o.outputs[0].token_ids)) for o in self.engine.step() if o.outputs[0].token_ids]
+
+
+    def remember(self, outputs: list[list[int]]) -> int:
+        """Responses of requests that its suffix cache is told of and that end at once. 0 with other drafters."""
+        cache = getattr(getattr(self.runner, "drafter", None), "suffix_cache", None)
+        for i, ids in enumerate(outputs if cache is not None else ()):
+            key = f"past-{self.past + i}"
+            cache.start_request(key, np.array([0], np.int32))
+            cache.add_active_response(key, np.array(ids, np.int32))
+            cache.stop_request(key)
+        self.past += len(outputs)
+        return 0 if cache is None else len(outputs)
 
 
 class Copy:
@@ -266,6 +296,13 @@ class LlamaCpp(peers_worker.LlamaCpp, Replay):
         """A fresh drafter, ``copy`` or ``counts``, that drafts at most ``length`` ids; 0: none."""
         self.drafter: Copy | Counts = Copy() if method == "copy" else Counts()
         self.length = int(length)
+
+    def remember(self, outputs: list[list[int]]) -> int:
+        """As requests without a prompt."""
+        for ids in outputs:
+            self.drafter.begin()
+            self.drafter.append(ids)
+        return len(outputs)
 
     def submit(self, key: str, prompt: list[int], output: list[int]) -> None:
         """Only one request at a time."""
