@@ -3,10 +3,10 @@
     python benchmarks/draft_length.py MODEL --data SHARED_DATA [--quantization w8a8] [--loads 1 8 32] [--fixed 0 2 4 8 16] [--rounds 3]
         [--config '{"method": "suffix", "tree": true}'] [--json FILE]
 
-One engine; between runs its length policy and its drafter are exchanged for fresh ones, and the drafter reads the same history. All policies of
-a round run the same requests: a mixture of the workloads of speculation.py, a new request as soon as one ends. Prompts are cached by the first
-run of a load, which is not counted. Prints tokens/s of decoding per policy and load, and ``marginal`` against the best fixed length *at that
-load*: the median of the rounds' ratios, with spread.
+One engine; between runs its length policy is exchanged, and its drafter for a fresh one that reads the same history. ``marginal`` is one policy
+for all runs, as in a server that has been up for a while. All policies of a round run the same requests: a mixture of the workloads of
+speculation.py, a new request as soon as one ends. Prompts are cached by the first run of a load, which is not counted. Prints tokens/s of
+decoding per policy and load, and ``marginal`` against the best fixed length *at that load*: the median of the rounds' ratios, with spread.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def rows_of(args: argparse.Namespace, count: int) -> tuple[list[list[int]], list
 
 
 def exchange(engine: Engine, config: dict[str, Any], length: Any, history: list[list[int]]) -> None:
-    """A fresh drafter that knows ``history``, and a fresh length policy, in an engine that has nothing to do."""
-    from presage.draft.length import make_length
+    """A fresh drafter that knows ``history``, and a length policy, in an engine that has nothing to do."""
     from presage.draft.registry import make_drafter
 
     loop = engine.engine.loop
@@ -52,7 +51,7 @@ def exchange(engine: Engine, config: dict[str, Any], length: Any, history: list[
     new = make_drafter(config["method"], settings, vocab_size=engine.engine.info.vocab_size)
     loop.companions = tuple(new if c is loop.drafter else c for c in loop.companions)
     loop.drafter = new
-    loop.length = make_length(OURS) if length == OURS else make_length("fixed", num_speculative_tokens=length)
+    loop.length = length
     engine.remember(history)
 
 
@@ -80,8 +79,8 @@ def run(engine: Engine, rows: list[Row], load: int, name: str) -> tuple[float, f
     return tokens / seconds, tokens / max(1.0, tokens - accepted)
 
 
-def measure(args: argparse.Namespace, engine: Engine, load: int) -> dict[str, Any]:
-    """One load's figures."""
+def measure(args: argparse.Namespace, engine: Engine, load: int, lengths: dict[Any, Any]) -> dict[str, Any]:
+    """One load's figures. ``lengths``: the policies."""
     history, rows = rows_of(args, max(args.least, args.per_load * load))
     policies: list[Any] = [OURS, *args.fixed]
     speeds: dict[str, list[float]] = {str(p): [] for p in policies}
@@ -90,7 +89,7 @@ def measure(args: argparse.Namespace, engine: Engine, load: int) -> dict[str, An
         for p in policies if i % 2 == 0 else policies[::-1]:
             if i < 0 and p != OURS:
                 continue
-            exchange(engine, args.config, p, history)
+            exchange(engine, args.config, lengths[p], history)
             speed, per_step = run(engine, rows, load, f"{load}-{p}-{i}")
             if i >= 0:
                 speeds[str(p)].append(speed)
@@ -124,8 +123,11 @@ def main() -> None:
     from presage.kernels.cpu.environment import prepare_environment
 
     prepare_environment()
+    from presage.draft.length import make_length
+
     engine = Engine(args.model, None if args.quantization == "bf16" else args.quantization, args.config, max(args.loads))
-    found = [measure(args, engine, load) for load in args.loads]
+    lengths = {OURS: engine.engine.loop.length, **{k: make_length("fixed", num_speculative_tokens=k) for k in args.fixed}}
+    found = [measure(args, engine, load, lengths) for load in args.loads]
     print(f"\n{time.strftime('%Y-%m-%d')} {platform.processor() or platform.machine()}, {args.quantization}, {json.dumps(args.config)}, "
           f"medians of {args.rounds} rounds, tokens/s")  # fmt: skip
     print("| at a time | " + " | ".join([OURS, *(f"fixed {k}" for k in args.fixed)]) + f" | {OURS} against the best fixed |")

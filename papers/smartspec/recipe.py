@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from presage.bench.workloads import Requests, Workload
 from presage.core.config import EngineConfig
 from presage.core.plan import Draft, Facts, Grants, NewIds, StepDone, StepPlan
 from presage.core.protocols import EngineView, LatencyModel
@@ -17,7 +18,6 @@ from presage.reproduce import Claim, Grid, Job, Measured, Panel, Recipe
 from presage.reproduce.speculation import crossing, gpu, rate
 from presage.simulate.oracle import LawOracle
 from presage.simulate.run import Target, simulate
-from presage.simulate.trace import LengthTrace
 
 ALPHAS, MOST, CAP = (0.2, 0.5, 0.8), 7, 8
 LOADS = (1, 8, 32, 96, 256)
@@ -151,7 +151,7 @@ def _rate(job: Job, target: Target, name: str, load: int) -> float:
     kind, options = POLICIES[name]
     n = max(job.pick(12, 3), job.pick(4, 2) * load)
     rng = np.random.default_rng(1)
-    trace = LengthTrace(np.zeros(n), rng.integers(200, 600, n), rng.integers(100, job.pick(300, 150), n))
+    trace = Requests(Workload("r", np.zeros(n), rng.integers(200, 600, n), rng.integers(100, job.pick(300, 150), n)))
     config = EngineConfig.of(max_num_seqs=load, max_num_batched_tokens=2048 + CAP * load)
     found = simulate(
         config, trace, target, max_drafts=CAP * load, oracle=lambda: LawOracle(seed=3),

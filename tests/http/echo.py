@@ -60,6 +60,10 @@ class EchoEngine:
         """See EngineClient."""
         return self.alive
 
+    async def decision_log(self) -> str | None:
+        """See EngineClient."""
+        return None
+
     def stats(self) -> dict[str, Any]:
         """See EngineClient."""
         return {

@@ -11,7 +11,8 @@ import httpx
 import openai
 import pytest
 
-from presage.serve.auth import ApiKeys, salt_of
+from presage.core.salt import salt_of
+from presage.serve.auth import ApiKeys
 from tests.http.echo import EchoEngine
 from tests.http.server import served
 

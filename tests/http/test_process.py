@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from presage.core.config import EngineConfig
 from presage.core.errors import CheckpointError, EngineDead
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
+from presage.engine.explain import requests
 from presage.engine.remote import RemoteEngine
+from presage.engine.replay import read_frames
 
 SETTINGS: dict[str, Any] = {"model": "presage-tiny", "kv_cache_memory": "64MiB", "max_model_len": 1024}
 
@@ -58,6 +61,35 @@ def test_killed_engine_resumes_without_duplicates() -> None:
             await engine.close()
 
     asyncio.run(go())
+
+
+def test_what_the_engine_writes_is_there_when_it_is_asked_for(tmp_path: Path) -> None:
+    """The decision log while a request runs, the drafter's store after a clean end; the next engine process drafts from it."""
+    spec = {"method": "suffix", "suffix_decoding_store": str(tmp_path / "said.bin"), "length": {"policy": "fixed", "num_speculative_tokens": 8}}
+    config = EngineConfig.of(speculative_config=spec, decision_log=str(tmp_path / "log"), max_num_seqs=3, **SETTINGS)
+
+    async def go() -> tuple[list[int], int]:
+        engine = RemoteEngine(config)
+        await engine.start()
+        try:
+            seen = asyncio.Event()
+            task = asyncio.create_task(collect(engine, request("long", 300, model="presage-tiny"), seen))
+            await asyncio.wait_for(seen.wait(), 60)
+            folder = await engine.decision_log()
+            assert folder is not None and not task.done()
+            assert "long" in requests(read_frames(folder))
+            out = await asyncio.wait_for(task, 60)
+            while not engine.stats().get("spec_num_drafts"):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.6)  # two heartbeats: the figures are those at the end
+            return out[0], engine.stats()["spec_num_accepted_tokens"]
+        finally:
+            await engine.close()
+
+    first, accepted = asyncio.run(go())
+    assert (tmp_path / "said.bin").exists()
+    again, more = asyncio.run(go())
+    assert again == first and more > accepted + 50
 
 
 def test_a_model_that_cannot_load_is_a_typed_error() -> None:

@@ -90,7 +90,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def rematch(self, data) -> None:
-        self.match(self.pick(data, running=False))
+        slot = self.pick(data, running=False)
+        grows = self.brute(slot, self.ids[slot]) > self.kv.hit[slot] * BT
+        assert not grows or self.kv.grown(np.array([slot], np.int32)) == [slot]
+        self.match(slot)
 
     @rule(data=st.data())
     def step(self, data) -> None:

@@ -232,6 +232,16 @@ def test_prefix_hits_are_used_and_exact() -> None:
     assert cached == {"a": 0, "b": 128, "salted": 0} and b.output("b") == b.output("a")
 
 
+def test_a_burst_with_one_prefix_computes_it_once() -> None:
+    """Those far behind in the queue are let in with the prefix that others published since they arrived."""
+    b = Bench(blocks=2000, max_num_seqs=100, max_num_batched_tokens=2048)
+    prompts = [np.array([7, 8, 9] * 100 + [i] * 20, np.int32) for i in range(100)]
+    b.turn(*(Arrive(Request(id=str(i), prompt=x, sampling=SamplingParams(max_tokens=4, ignore_eos=True))) for i, x in enumerate(prompts)))
+    b.drain()
+    cached = [e.n_cached for e in b.emissions if e.finish]
+    assert (cached.count(288), cached.count(0)) == (87, 13)  # two steps of them were let in before the first blocks were there
+
+
 def test_embeddings_end_without_tokens() -> None:
     b = Bench(max_num_batched_tokens=16)
     b.add("e", 50, kind=Kind.EMBED)

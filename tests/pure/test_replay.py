@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from presage.cache.content import HashedContent
-from presage.core.errors import ReplayMismatch
+from presage.core.config import EngineConfig
+from presage.core.errors import ReplayMismatch, RequestError
 from presage.core.events import Abort
+from presage.core.protocols import Companion
+from presage.core.request import Request
 from presage.engine.log import DecisionLog, NamedContent
 from presage.engine.null import NullExecutor, null_geometry
 from presage.engine.replay import log_header, read_frames, replay
@@ -23,8 +26,6 @@ def record(folder: Path, level: str, seed: int = 0, faults: bool = False) -> Ben
     rng = np.random.default_rng(seed)
     geometry = null_geometry(11)
     settings: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 48}
-    from presage.core.config import EngineConfig
-
     header = log_header(EngineConfig.of(**settings), geometry, 4, [2], 256)
     log = DecisionLog(folder, level, header=header)
     content = NamedContent(HashedContent(), log) if level == "shape" else None
@@ -63,6 +64,44 @@ def test_a_changed_decision_is_found(tmp_path: Path) -> None:
     path.write_bytes(data.replace(b"max_num_batched_tokens\x30", b"max_num_batched_tokens\x20"))
     with pytest.raises(ReplayMismatch):
         replay(tmp_path)
+
+
+def test_older_logs_replay_and_newer_ones_do_not(tmp_path: Path) -> None:
+    record(tmp_path, "tokens")
+    path = sorted(tmp_path.glob("*.plog"))[0]
+    data, made = path.read_bytes(), replay(tmp_path)
+    assert data.count(b"version\x02") == 1
+    path.write_bytes(data.replace(b"version\x02", b"version\x01"))
+    assert replay(tmp_path) == made
+    path.write_bytes(data.replace(b"version\x02", b"version\x03"))
+    with pytest.raises(ReplayMismatch, match="not a decision log of this version"):
+        replay(tmp_path)
+
+
+def test_a_log_that_says_it_does_not_replay_is_believed(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path, "shape", header=log_header(EngineConfig.of(), null_geometry(11), 4, [2], 256))
+    log.note("unreplayable", "drafts are not in the log")
+    log.shut()
+    with pytest.raises(ReplayMismatch, match="drafts are not in the log"):
+        replay(tmp_path)
+
+
+def test_a_request_that_a_companion_refused_is_refused_again(tmp_path: Path) -> None:
+    class Strict(Companion):
+        def open(self, slot: int, req: Request) -> None:
+            if req.id == "bad":
+                raise RequestError("not this one")
+
+    log = DecisionLog(tmp_path, "tokens", header=log_header(EngineConfig.of(), null_geometry(64), 4, [2], 256))
+    b = Bench(64, max_len=256, log=log)
+    b.loop.companions += (Strict(),)
+    for name in ("good", "bad", "late"):
+        b.add(name, 40, max_tokens=5)
+    b.drain()
+    log.shut()
+    assert b.finishes("bad") == [(0, "error")] and b.finishes("late") == [(0, "length")]
+    assert replay(tmp_path) == b.loop.steps
+    assert [body for tag, body in read_frames(tmp_path) if tag == "c"] == [[["refused", "bad"]]]
 
 
 def test_disk_full_keeps_serving(tmp_path: Path) -> None:

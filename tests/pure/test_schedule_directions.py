@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from presage.bench.workloads import Requests, Workload
 from presage.core.config import EngineConfig
 from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
@@ -18,7 +19,6 @@ from presage.simulate.latency.roofline import Roofline
 from presage.simulate.oracle import synthetic_base, synthetic_ids
 from presage.simulate.run import Result, Target, simulate
 from presage.simulate.shape import ModelShape
-from presage.simulate.trace import LengthTrace
 
 DENSE = {
     "model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32,
@@ -60,10 +60,10 @@ def by_id(r: Result, values: np.ndarray) -> dict[str, float]:
     return dict(zip(r.ids, values.tolist()))
 
 
-def prompts_among_decodes(n: int = 24) -> LengthTrace:
+def prompts_among_decodes(n: int = 24) -> Requests:
     rng = np.random.default_rng(0)
     sizes = np.clip(rng.lognormal(np.log(1700), 0.6, n), 100, 6000).astype(np.int64)
-    return LengthTrace(np.cumsum(rng.exponential(1 / 3, n)), sizes, rng.integers(40, 150, n))
+    return Requests(Workload("r", np.cumsum(rng.exponential(1 / 3, n)), sizes, rng.integers(40, 150, n)))
 
 
 WHOLE: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
@@ -97,7 +97,7 @@ def test_splitfuse_passes_are_equal() -> None:
 def test_layered_prefill_loads_experts_once() -> None:
     rng = np.random.default_rng(0)
     sizes = np.clip(rng.lognormal(np.log(5000), 0.4, 10), 1000, 7900).astype(np.int64)
-    work = LengthTrace(np.cumsum(rng.exponential(1.0, 10)), sizes, rng.integers(20, 60, 10))
+    work = Requests(Workload("r", np.cumsum(rng.exponential(1.0, 10)), sizes, rng.integers(20, 60, 10)))
     found = {}
     for name, model in (("experts", EXPERTS), ("dense", DENSE)):
         chunked, layered = (run(p, work, target(model=model), max_num_batched_tokens=512) for p in ("fcfs", "layered"))
@@ -108,9 +108,9 @@ def test_layered_prefill_loads_experts_once() -> None:
     assert found["experts"] < 0.85 and found["dense"] > 0.97
 
 
-def burst(n: int = 90) -> LengthTrace:
+def burst(n: int = 90) -> Requests:
     rng = np.random.default_rng(1)
-    return LengthTrace(np.linspace(0, 0.2, n), rng.integers(20, 100, n), np.clip(rng.lognormal(4, 1, n), 1, 800).astype(np.int64))
+    return Requests(Workload("r", np.linspace(0, 0.2, n), rng.integers(20, 100, n), np.clip(rng.lognormal(4, 1, n), 1, 800).astype(np.int64)))
 
 
 def per_token(r: Result) -> float:
@@ -220,7 +220,7 @@ POLICIES = ["sarathi", "splitfuse", "layered", "splits", "ltr", "shortest", "fai
 def test_bursts_change_nothing(policy: str) -> None:
     """The simulator skips steps that a policy calls steady; results must not show it."""
     rng = np.random.default_rng(0)
-    work = LengthTrace(np.cumsum(rng.exponential(0.1, 12)), rng.integers(20, 500, 12), rng.integers(10, 80, 12))
+    work = Requests(Workload("r", np.cumsum(rng.exponential(0.1, 12)), rng.integers(20, 500, 12), rng.integers(10, 80, 12)))
     t = dataclasses.replace(target(60), max_model_len=1024)
     config = EngineConfig.of(scheduling_policy=policy, max_num_seqs=6, max_num_batched_tokens=128)
     runs = [simulate(config, work, t, bursts=b, latency=lambda: t.latency) for b in (True, False)]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from presage.bench.workloads import Requests, Workload
 from presage.cache.content import HashedContent
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
@@ -24,7 +25,6 @@ from presage.simulate.latency.roofline import Roofline
 from presage.simulate.oracle import LawOracle, synthetic_ids
 from presage.simulate.run import Result, Target, make_replica, simulate
 from presage.simulate.shape import ModelShape
-from presage.simulate.trace import LengthTrace
 from tests.pure.test_loop import AllIn
 
 LLAMA = {
@@ -38,9 +38,9 @@ def target(blocks: int = 400, windows: tuple[int, ...] = (0,), **kw: Any) -> Tar
     return Target(latency, null_geometry(blocks, windows=windows), 32, 2048, idle_watts=latency.idle_watts, **kw)
 
 
-def trace(n: int = 50, rate: float = 20.0, seed: int = 0) -> LengthTrace:
+def trace(n: int = 50, rate: float = 20.0, seed: int = 0) -> Requests:
     rng = np.random.default_rng(seed)
-    return LengthTrace(np.cumsum(rng.exponential(1 / rate, n)), rng.integers(1, 600, n), rng.integers(1, 200, n))
+    return Requests(Workload("r", np.cumsum(rng.exponential(1 / rate, n)), rng.integers(1, 600, n), rng.integers(1, 200, n)))
 
 
 def config(**kw: Any) -> EngineConfig:
@@ -104,8 +104,8 @@ def test_every_token_once_and_in_order() -> None:
     at = {name: i for i, name in enumerate(r.ids)}
     assert len(at) == len(work) and r.ok.all()
     order = [at[f"r{i}"] for i in range(len(work))]
-    np.testing.assert_array_equal(r.requests["n_out"][order], work.n_out)
-    np.testing.assert_array_equal(r.requests["n_in"][order], work.n_in)
+    np.testing.assert_array_equal(r.requests["n_out"][order], work.workload.n_out)
+    np.testing.assert_array_equal(r.requests["n_in"][order], work.workload.n_in)
     for i in range(len(work)):
         times = r.tokens[int(r.requests["replica"][i]), int(r.requests["seq"][i])]
         row = {k: v[i] for k, v in r.requests.items()}
@@ -115,7 +115,7 @@ def test_every_token_once_and_in_order() -> None:
     assert (steps["t0"][1:] >= steps["t1"][:-1] - 1e-12).all() and (steps["t1"] > steps["t0"]).all()
     assert r.n_steps == steps["repeat"].sum() and steps["joules"].sum() == pytest.approx(r.joules - target().idle_watts * (r.duration - r.busy))
     summary = r.summary({"ttft": 1e9})
-    assert summary.completed == len(work) == summary.good and len(summary.samples["itl"]) == (work.n_out - 1).sum()
+    assert summary.completed == len(work) == summary.good and len(summary.samples["itl"]) == (work.workload.n_out - 1).sum()
 
 
 def test_runs_end_early_on_demand_and_keep_what_they_have() -> None:
@@ -238,6 +238,6 @@ def test_workload_out_of_order_is_refused() -> None:
 
 
 def test_refused_requests_count_as_failed() -> None:
-    big = LengthTrace(np.array([0.0, 0.1]), np.array([5000, 10]), np.array([4, 4]))
+    big = Requests(Workload("r", np.array([0.0, 0.1]), np.array([5000, 10]), np.array([4, 4])))
     r = simulate(config(), big, target())
     assert r.errors == {0: "context_length_exceeded"} and np.isinf(r.ttft[0]) and np.isfinite(r.ttft[1])

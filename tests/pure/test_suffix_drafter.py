@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from presage.core.errors import CheckpointError, ConfigError
+from presage.core.errors import CheckpointError, ConfigError, RequestError
 from presage.core.plan import Draft
 from presage.core.request import Request
+from presage.core.salt import salt_of
 from presage.draft import suffix_tree as k
 from presage.draft.registry import make_drafter
 from presage.draft.suffix import SuffixDrafter
@@ -156,6 +157,18 @@ def test_long_prompts_are_indexed_by_quota() -> None:
     assert drafts(d, 0) == [[3, 4, 5]]
 
 
+def test_full_pools_grow_while_a_request_runs() -> None:
+    d = SuffixDrafter(4, 8)
+    states, text = len(d.forest.S), list(range(10, 6010))
+    d.open(0, request("long", [1]))
+    for at in range(0, len(text), 500):
+        d.advance(new_ids({0: text[at : at + 500]}))
+        assert d.done[0] == d.length[0]
+    assert len(d.forest.S) > states
+    d.advance(new_ids({0: text[:3]}))
+    assert drafts(d, 0) == [text[3:6]]
+
+
 def test_rebuilding_changes_no_draft() -> None:
     d = SuffixDrafter(8, 12)
     rng = np.random.default_rng(1)
@@ -222,7 +235,7 @@ def test_warm_up_from_past_outputs(tmp_path: Path) -> None:
     d.advance(new_ids({0: TEXT[:2]}))
     assert drafts(d, 0) == [[7, 8]]
     for slot, tenant, found in ((1, "t", [ord("c")]), (2, "", [])):
-        d.open(slot, request("new", [1], tenant=tenant))
+        d.open(slot, request("new", [1], tenant=tenant, salt=salt_of(tenant, None)))
         d.advance(new_ids({slot: [ord("a"), ord("b")]}))
         assert drafts(d, slot) == [found]
     with pytest.raises(ConfigError, match="line 2"):
@@ -301,7 +314,7 @@ def check(d: SuffixDrafter, root: int, sequences: list[list[int]]) -> None:
 def test_a_bad_override_leaves_no_trace() -> None:
     d = SuffixDrafter(8, 16)
     for bad in ({"suffix_decoding_max_spec_factor": "x"}, {"suffix_decoding_min_token_prob": -1}):
-        with pytest.raises(ConfigError):
+        with pytest.raises(RequestError):
             d.open(0, request("bad", [1, 2], draft=bad))
     assert d.stats()["responses"] == 0
     assert held(d) == (1, 0)

@@ -175,6 +175,12 @@ def expected(sampled: bool) -> tuple[list[Any], np.ndarray]:
     return out
 
 
+def leaves(drafter: Any) -> list[Any]:
+    """The drafters that look at ids, of a tree of hybrids."""
+    parts = getattr(drafter, "drafters", None)
+    return [leaf for part in parts for leaf in leaves(part)] if parts else [drafter] if drafter.source != "grammar" else []
+
+
 def idle(llm: LLM) -> None:
     """Nothing is left of any request: no slot, no block, nothing in the drafters."""
     loop = llm.engine.loop
@@ -183,7 +189,7 @@ def idle(llm: LLM) -> None:
     loop.receiver.audit()
     for kv in loop.lanes:
         assert kv.usage()["used"] == 0
-    for drafter in getattr(loop.drafter, "drafters", (loop.drafter,)):
+    for drafter in leaves(loop.drafter):
         for column in (drafter.cap, drafter.length, drafter.room, drafter.done):
             assert not column.any()
 

@@ -68,6 +68,18 @@ def test_a_malformed_wish_refuses_that_request_only() -> None:
     llm.close()
 
 
+def test_a_refused_request_beside_more_than_the_drafter_has_seen() -> None:
+    """The ninth slot is one that the drafter has no columns for yet: its refusal takes nobody else along."""
+    llm = engine({"method": "suffix"})
+    work = [send(llm, LINES, params(), f"r{i}") for i in range(8)]
+    work.append(send(llm, LINES, params(), "bad", draft={"suffix_decoding_max_spec_factor": "x"}))
+    out = collect(llm, work)
+    assert isinstance(out.pop("bad"), RequestError)
+    assert len(out) == 8 and all(isinstance(ids, list) for ids in out.values())
+    idle(llm)
+    llm.close()
+
+
 def test_drafts_of_a_step_stay_within_the_budget() -> None:
     llm = engine({"method": "ngram", "prompt_lookup_min": 1, "length": FIXED}, max_draft_tokens=5)
     nodes = llm.engine.loop.log = Nodes()

@@ -177,6 +177,20 @@ class BlockManager:
         self.asked[slot] = len(ids)
         return size * self.block_tokens
 
+    def grown(self, slots: Ints) -> list[int]:
+        """Those of ``slots`` whose hit may be longer than when it was last looked up: the block that ended it has been published since.
+
+        That hits have become shorter is not noticed here (``refit``): one look at a name per slot, about 0.1 us.
+        """
+        if not self.caching:
+            return []
+        full, out = [p.where for _, p in self._lead if not p.window], []
+        for slot, size, known in zip(slots.tolist(), self.hit[slots].tolist(), (self.todo[slots] & HIT).tolist(), strict=True):
+            chain = self._chains[slot]
+            if not known or (size < len(chain) and all(chain[size] in where for where in full)):
+                out.append(slot)
+        return out
+
     def refit(self, slots: Ints) -> None:
         """Shorten remembered hits of which blocks were evicted since. They never grow: the caller was told their length."""
         evictions, pools = self.evictions, [p for _, p in self._lead]

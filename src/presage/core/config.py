@@ -111,6 +111,11 @@ class ObservabilityConfig(Group):
     disable_log_stats: bool = False
     """Do not print a line of statistics every ten seconds."""
 
+    @property
+    def log_folder(self) -> str | None:
+        """Folder of the decision log; None if none is written."""
+        return None if self.decision_log_level == "none" else self.decision_log
+
 
 class ExecutorConfig(Group):
     """How steps are run."""

@@ -173,6 +173,10 @@ class HostDrafter(ABC):
         yield from ()
         return self.draft(grants.slot, np.minimum(grants.draft, self.cap[grants.slot]).astype(np.int32))
 
+    def shut(self) -> None:
+        """The engine closes; nothing is to outlive it."""
+        return
+
     @abstractmethod
     def draft(self, slots: Ints, budget: Ints) -> Draft:
         """At most ``budget`` [G] nodes for each of ``slots`` [G]."""

@@ -7,6 +7,7 @@ reaches ``tau``, and the model's draft otherwise; the model is then not run for 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 
 import msgspec
 import numpy as np
@@ -105,8 +106,17 @@ class HybridDrafter:
             drafts.append((yield from drafter.propose(view, _granted(grants, share))))
         return merge(drafts, grants.draft)
 
+    def shut(self) -> None:
+        """The engine closes; every drafter is told, whatever another one raises."""
+        with ExitStack() as stack:
+            for drafter in self.drafters:
+                if hasattr(drafter, "shut"):
+                    stack.callback(drafter.shut)
+
     def _sure_or_model(self, view: EngineView, grants: Grants) -> Generator[StepPlan, StepDone, Draft]:
         first = yield from self.drafters[0].propose(view, grants)
+        if not len(first):
+            return (yield from self.drafters[1].propose(view, grants))
         counts = np.diff(first.offset)
         score = np.bincount(np.repeat(np.arange(len(grants)), counts), first.prob, len(grants))
         sure = score >= self.tau

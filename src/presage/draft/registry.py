@@ -20,6 +20,7 @@ DRAFTERS = {
     "model": "presage.draft.model:ModelDrafter",
     "early_exit": "presage.draft.early_exit:EarlyExitDrafter",
     "speed": "presage.draft.speed:SpeedDrafter",
+    "grammar": "presage.draft.grammar:GrammarDrafter",
     "hybrid": "presage.draft.hybrid:HybridDrafter",
 }
 ALIASES = {"[ngram]": "ngram", "draft_model": "model"}  # vLLM's spellings
@@ -46,7 +47,7 @@ def make_drafter(method: str, config: Mapping[str, Any] | None = None, **context
         settings["drafters"] = [_part(part, common, context) for part in settings["drafters"]]
     takes = inspect.signature(kind).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    unknown = [] if anything else sorted(set(settings) - set(takes))
+    unknown = [] if anything else sorted(name for name in settings if name not in takes or name in context)
     if unknown:
         known = ", ".join(name for name in takes if name not in context)
         raise ConfigError(f"drafter {method!r} has no setting {', '.join(unknown)}; known: {known}", param=unknown[0])

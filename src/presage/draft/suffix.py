@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from presage.core.errors import ConfigError
+from presage.core.errors import ConfigError, RequestError
 from presage.core.plan import Draft, NewIds
 from presage.core.protocols import EngineView
 from presage.core.request import Request
@@ -55,11 +55,14 @@ class SuffixDrafter(HostDrafter):
     ``num_speculative_tokens``: cap of a draft. ``..._max_spec_factor`` a and ``..._offset`` b: a match of m ids drafts up to a m + b.
     ``..._min_token_prob``: no node below it. ``..._tree``: trees instead of chains. ``..._max_tree_depth``: match and draft together.
     ``..._max_cached_requests`` / ``..._tokens``: what other responses are remembered (-1: all, 0 requests: none), ``..._eviction``: "fifo"
-    or "lru". ``..._warm_up``: a JSONL of past outputs to begin with. A request may override factor, offset, probability and tree in its
-    ``draft``. Raises ConfigError for values out of range.
+    or "lru". ``..._warm_up``: a JSONL of past outputs to begin with. ``..._store``: a file they are kept in from run to run, read now if it
+    is there and written by ``shut``. A request may override factor, offset, probability and tree in its ``draft``; with 0 for
+    ``..._max_cached_requests`` there it is neither remembered nor drafted from what is. Raises ConfigError for values out of range and a
+    store that cannot be written, CheckpointError for files that cannot be read or are about another model.
 
-    ``tokenizer`` (for past outputs that are text) and ``vocab_size`` (0: unknown; what is learnt from files is checked against it) are the
-    engine's.
+    The engine's: ``tokenizer`` (for past outputs that are text), ``vocab_size`` (0: unknown; what is learnt from files is checked against
+    it), ``model_name`` (what requests call the model that has no adapter), ``fingerprint`` (which model it is; tools without one leave the
+    store alone).
     """
 
     source = "suffix"
@@ -76,8 +79,11 @@ class SuffixDrafter(HostDrafter):
         suffix_decoding_min_token_prob: float = 0.1,
         suffix_decoding_tree: bool = False,
         suffix_decoding_warm_up: str = "",
+        suffix_decoding_store: str = "",
         tokenizer: Any = None,
         vocab_size: int = 0,
+        model_name: str = "",
+        fingerprint: str = "",
     ) -> None:
         super().__init__(num_speculative_tokens)
         if num_speculative_tokens > WIDTH:
@@ -100,22 +106,37 @@ class SuffixDrafter(HostDrafter):
         # In a list, as arrays among the attributes are columns by slot.
         self._marks = [sources(0, self.source)]
         self._crowded = 65536
-        self.vocab_size = vocab_size
+        self.vocab_size, self.model_name, self.fingerprint = vocab_size, model_name, fingerprint
+        self.kept_in = Path(suffix_decoding_store) if suffix_decoding_store and fingerprint else None
+        if self.kept_in is not None:
+            if not self.library.max_requests:
+                raise ConfigError("suffix_decoding_store needs outputs to remember: max_cached_requests is 0", param="suffix_decoding_store")
+            suffix_store.check_writable(self.kept_in, "suffix_decoding_store")
         if suffix_decoding_warm_up:
             self.warm_up(suffix_decoding_warm_up, None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False))
+        # After the past outputs: what this server said itself is newer, and so is forgotten later.
+        if self.kept_in is not None and self.kept_in.exists():
+            self.restore(self.kept_in, fingerprint)
 
     # ---- companion
 
     def open(self, slot: int, req: Request) -> None:
-        """A request took the slot. Its prompt is indexed by quota, its response is remembered unless it opted out."""
-        knobs = self._knobs_of(req.draft or {})
+        """A request took the slot. Its prompt is indexed by quota, its response is remembered unless it opted out.
+
+        Raises RequestError for settings of its own that are no numbers or out of range.
+        """
+        asked = req.draft or {}
+        try:
+            knobs = self._knobs_of(asked)
+        except ConfigError as error:
+            raise RequestError(error.message, param="draft") from None
         super().open(slot, req)
         self.knobs[slot] = knobs
         root, seat = self.forest.root(), self.seat[slot]
         seat[:] = 0
         seat[[ROOT, CURSOR, REACH]] = root, root, self.forest.depth
-        if self.library.max_requests and self.cap[slot]:
-            key: Key = (req.model, req.adapter or "", req.tenant, req.salt.hex())
+        if self.library.max_requests and self.cap[slot] and asked.get("suffix_decoding_max_cached_requests") != 0:
+            key = self._namespace((req.model, req.adapter or "", req.tenant, req.salt.hex()))
             owner, groot = self.library.begin(key, slot), self.library.root(key)
             self._keys[slot] = key
             seat[[GROOT, GCURSOR, GOWNER]] = groot, groot, owner
@@ -172,8 +193,8 @@ class SuffixDrafter(HostDrafter):
     # ---- memory
 
     def store(self, path: str | Path, fingerprint: str) -> int:
-        """Write the complete responses to a file; returns how many. ``fingerprint`` says what model and tokenizer the ids belong to."""
-        done = [(e.key, e.ids) for e in self.library.entries.values() if e.slot < 0]
+        """Write the complete responses to a file, but for those of ``warm_up``; returns how many. ``fingerprint`` says whose the ids are."""
+        done = [(e.key, e.ids) for e in self.library.entries.values() if e.slot < 0 and e.kept]
         suffix_store.write(Path(path), done, fingerprint)
         return len(done)
 
@@ -182,11 +203,16 @@ class SuffixDrafter(HostDrafter):
 
         Raises CheckpointError for a damaged or foreign file, ConfigError for ids beyond the vocabulary.
         """
-        return self._learn(suffix_store.read(Path(path), fingerprint))
+        return self._learn(suffix_store.read(Path(path), fingerprint), "suffix_decoding_store")
 
     def warm_up(self, path: str | Path, encode: Callable[[str], list[int]] | None = None) -> int:
         """Learn from a JSONL of past outputs (``suffix_store.past_outputs``); returns how many were stored."""
-        return self._learn(list(suffix_store.past_outputs(Path(path), encode)))
+        return self._learn(list(suffix_store.past_outputs(Path(path), encode)), "suffix_decoding_warm_up", kept=False)
+
+    def shut(self) -> None:
+        """The engine closes: what was said goes to the store, if there is one. Raises CheckpointError if it cannot be written."""
+        if self.kept_in is not None:
+            self.store(self.kept_in, self.fingerprint)
 
     def stats(self) -> dict[str, float]:
         """Responses and ids remembered, states and edges live, bytes per id stored in any tree (ids included)."""
@@ -292,11 +318,16 @@ class SuffixDrafter(HostDrafter):
             self.done[slot] = 0
             self._index(np.array([slot], np.int32), upto)
 
-    def _learn(self, sequences: list[tuple[Key, Ints]]) -> int:
+    def _namespace(self, key: Key) -> Key:
+        """The key with one name for the model without adapters: fronts call it differently, or not at all."""
+        return ("" if key[0] == self.model_name else key[0], *key[1:])
+
+    def _learn(self, sequences: list[tuple[Key, Ints]], setting: str, kept: bool = True) -> int:
         most = max((int(ids.max()) for _, ids in sequences if len(ids)), default=0)
         if 0 < self.vocab_size <= most:
-            raise ConfigError(f"a past output has id {most}, the vocabulary has {self.vocab_size}", param="suffix_decoding_warm_up")
-        stored = self.library.add(sequences) if self.library.max_requests else 0
+            raise ConfigError(f"a past output has id {most}, the vocabulary has {self.vocab_size}", param=setting)
+        named = [(self._namespace(key), ids) for key, ids in sequences]
+        stored = self.library.add(named, kept) if self.library.max_requests else 0
         self._make_room(-1)
         return stored
 

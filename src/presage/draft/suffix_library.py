@@ -15,11 +15,15 @@ Key = tuple[str, str, str, str]  # model, adapter, tenant, salt (hex)
 
 @dataclass(slots=True)
 class Entry:
-    """One response: its namespace, its ids, and the slot of the request while that runs (-1 later; ``ids`` are complete then)."""
+    """One response: its namespace, its ids, and the slot of the request while that runs (-1 later; ``ids`` are complete then).
+
+    ``kept``: it goes to disk with the others; not so what came from a file that is read at every start.
+    """
 
     key: Key
     slot: int
     ids: Ints
+    kept: bool = True
 
 
 class Library:
@@ -78,7 +82,7 @@ class Library:
         self.tokens -= len(entry.ids)
         return entry
 
-    def add(self, sequences: list[tuple[Key, Ints]]) -> int:
+    def add(self, sequences: list[tuple[Key, Ints]], kept: bool = True) -> int:
         """Store complete responses, oldest first; of too many only the last. Returns how many were stored; older ones may be victims now."""
         keep = sequences if self.max_requests < 0 else sequences[max(0, len(sequences) - self.max_requests) :]
         groups: dict[Key, list[tuple[int, Ints]]] = {}
@@ -86,6 +90,7 @@ class Library:
             if len(ids):
                 owner = self.begin(key, -1)
                 groups.setdefault(key, []).append((owner, ids))
+                self.entries[owner].kept = kept
                 self.finish(owner, ids)
         for key, group in groups.items():
             self._insert(key, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from presage.engine.inputs import Prompt, make_request, prompt_ids
 from presage.engine.outputs import CompletionOutput, RequestOutput
 from presage.engine.streams import until_ended
 
+FLUSH_SECONDS = 2.0
 _log = logging.getLogger("presage.engine")
 
 
@@ -144,6 +146,21 @@ class AsyncLLM:
     def stats(self) -> dict[str, Any]:
         """The engine's counters."""
         return self.runner.engine.stats()
+
+    async def decision_log(self) -> str | None:
+        """Folder of the decision log, written out; None without one."""
+        folder, engine = self.config.observability.log_folder, self.runner.engine
+        if folder is not None and await self.health():
+            loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+            def flush() -> None:
+                engine.loop.log.flush()
+                loop.call_soon_threadsafe(done.set)
+
+            engine.driver.call(flush)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), FLUSH_SECONDS)
+        return folder
 
     async def drain(self) -> None:
         """Take no new requests and wait until the running ones ended."""

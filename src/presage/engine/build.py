@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,10 +78,15 @@ class Engine:
         self.driver.post(Abort(request_id))
 
     def close(self) -> None:
-        """Stop the executor's thread and close the log."""
+        """Stop the executor's thread, let the drafter keep what it learnt, and close the log. Raises what the drafter may raise."""
         self.executor.close()
-        self.loop.log.shut()
-        self.grammar.close()
+        try:
+            shut = getattr(self.loop.drafter, "shut", None)  # drafters of other packages may have none
+            if shut is not None:
+                shut()
+        finally:
+            self.loop.log.shut()
+            self.grammar.close()
 
 
 def build_engine(
@@ -102,11 +108,12 @@ def build_engine(
     checkpoint, model, dtype = in_passing_thread(lambda: load_model(config, progress))
     max_len = model.max_len
     lanes = Lanes(model, lambda *draft: _load_draft(config, *draft), config.scheduler.max_num_batched_tokens)
-    drafting = _drafting(config, model, lanes)
-    geometry, *others = _geometries(config, [model, *lanes.models], max_len)
     m = config.model
     tokenizer = Tokenizer.load(m.tokenizer or checkpoint, m.revision if m.tokenizer else None, m.chat_template)
     eos = sorted(tokenizer.eos_ids)
+    grammar = grammars(tokenizer, model.vocab_size, eos, config.structured_outputs.compile_timeout)
+    drafting = _drafting(config, model, lanes, checkpoint.path, tokenizer, grammar)
+    geometry, *others = _geometries(config, [model, *lanes.models], max_len)
     judge = (sampler or Sampler)(model.vocab_size, eos, config.model.seed)
     executor = TorchExecutor(
         model,
@@ -118,10 +125,7 @@ def build_engine(
         lanes=list(zip(lanes.models, others, strict=True)),
     )
     table, requests = Table(), dict[int, Request]()
-    log = _log(config, geometry, executor.layers, eos, max_len)
-    if drafting:
-        # What drafters hold is no input of the loop, so that a replay cannot draft the same.
-        log.note("unreplayable", "drafts are not in the log")
+    log = _log(config, [geometry, *others], executor.layers, eos, max_len)
     content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
     kv = [
         BlockManager(
@@ -133,8 +137,7 @@ def build_engine(
         )
         for g, c in zip((geometry, *others), (content, *(HashedContent() for _ in others)), strict=True)
     ]
-    lanes.place(kv)
-    grammar = grammars(tokenizer, model.vocab_size, eos, config.structured_outputs.compile_timeout)
+    lanes.place(log.caches(kv))
     loop = Loop(
         loop_config(config, max_len),
         executor,
@@ -163,20 +166,44 @@ def build_engine(
     return Engine(config, loop, driver, executor, tokenizer, info, grammar, Stats(loop))
 
 
-def _drafting(config: EngineConfig, model: Any, lanes: Lanes) -> dict[str, Any]:
+def _drafting(config: EngineConfig, model: Any, lanes: Lanes, path: Path, tokenizer: Tokenizer, grammar: Grammars) -> dict[str, Any]:
     """The loop's share of speculation: drafter, length policy, its companion and a model of step times; empty without a drafter."""
     speculative = parse_speculative(config.speculation.speculative_config)
     if speculative is None or config.speculation.max_draft_tokens == 0:
         return {}
+    from presage.draft.grammar import GrammarDrafter
+    from presage.draft.hybrid import HybridDrafter
     from presage.draft.length.registry import make_length
     from presage.draft.length.steptime import StepTime
     from presage.draft.registry import make_drafter
 
     lanes.rule = speculative.rule
-    drafter = make_drafter(speculative.drafter, speculative.settings, vocab_size=model.vocab_size, target=model, lanes=lanes)
+    m = config.model
+    drafter = make_drafter(
+        speculative.drafter,
+        speculative.settings,
+        vocab_size=model.vocab_size,
+        target=model,
+        lanes=lanes,
+        tokenizer=tokenizer,
+        model_name=(m.served_model_name or [m.model])[0],
+        fingerprint=_whose_ids(path, tokenizer),
+        masker=grammar,
+    )
+    if speculative.drafter != "grammar":
+        # What a grammar forces costs no guess: it goes before whatever else would be drafted.
+        drafter = HybridDrafter([GrammarDrafter(grammar, tokenizer), drafter], combine="threshold", tau=0.5)
     length = make_length(speculative.length, rule=speculative.rule, **speculative.options)
     wishes = getattr(length, "wishes", None)  # policies of other packages may have none
     return {"drafter": drafter, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
+
+
+def _whose_ids(path: Path, tokenizer: Tokenizer) -> str:
+    """What model and vocabulary a drafter's ids belong to: a name for people, and a hash that copies of the checkpoint share."""
+    from presage.models.loading.fingerprint import identity
+
+    vocabulary = hashlib.sha256("\0".join(t or "" for t in tokenizer.tokens).encode()).hexdigest()
+    return f"{path.stem}@{identity(path)}{vocabulary[:24]}"
 
 
 def _load_draft(config: EngineConfig, path: str, quantization: str | None, max_len: int) -> Any:
@@ -286,8 +313,9 @@ def _kv_bytes(geometry: KVGeometry) -> int:
     return sum(g.block_bytes * n for g, n in zip(geometry.groups, geometry.num_blocks))
 
 
-def _log(config: EngineConfig, geometry: KVGeometry, layers: int, eos: list[int], max_len: int) -> NullLog:
+def _log(config: EngineConfig, lanes: list[KVGeometry], layers: int, eos: list[int], max_len: int) -> NullLog:
     o = config.observability
     if o.decision_log is None or o.decision_log_level == "none":
         return NullLog()
-    return DecisionLog(o.decision_log, o.decision_log_level, o.decision_log_bytes, log_header(config, geometry, layers, eos, max_len))
+    header = log_header(config, lanes[0], layers, eos, max_len, lanes=lanes[1:])
+    return DecisionLog(o.decision_log, o.decision_log_level, o.decision_log_bytes, header)

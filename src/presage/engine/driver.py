@@ -22,6 +22,7 @@ class WallDriver:
     def __init__(self, loop: Loop, clock: Callable[[], float] = time.monotonic) -> None:
         self.loop, self.clock = loop, clock
         self.inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.wake = Wake(math.inf, False)
         self.stopped = False
         self.audited = 0.0
@@ -30,6 +31,11 @@ class WallDriver:
     def post(self, event: Event) -> None:
         """Hand an event to the loop."""
         self.inbox.put(event)
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Have something done by the thread that runs the loop, after its next turn; from any thread. It must be short and not raise."""
+        self.calls.put(work)
+        self.inbox.put(None)
 
     def stop(self) -> None:
         """Make ``run`` return."""
@@ -43,6 +49,8 @@ class WallDriver:
             return False
         self.wake = self.loop.turn(self.clock(), events)
         self.loop.emitter.flush()
+        while not self.calls.empty():
+            self.calls.get()()
         if self.loop.idle:
             self._rest()
         return True

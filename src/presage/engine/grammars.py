@@ -5,7 +5,7 @@ Stands in the loop as the masker (a companion plus ``prune``, ``late``, ``termin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -111,6 +111,14 @@ class Grammars:
     def late(self, plan: StepPlan) -> Any:
         """The step's masks, to be filled while the model runs; None if no span is constrained."""
         return self._masker.late(plan) if self._masker is not None else None
+
+    def constrained(self) -> Mapping[int, Any]:
+        """Slots that have a grammar."""
+        return self._masker.tracks if self._masker is not None else {}
+
+    def forced(self, slot: int) -> str:
+        """Text that must come next in a slot."""
+        return str(self._masker.forced(slot)) if self._masker is not None else ""
 
     def terminated(self, slot: int) -> bool:
         """Nothing may follow what the request has."""

@@ -1,7 +1,8 @@
 """The decision log: what came in and what was decided, as length-prefixed msgpack frames that replay to byte-equal decisions.
 
-Frames: ``h`` header, ``i`` inputs of a turn (now, events, block names, cuts), ``d`` one decision (a launched step), ``r`` whose a slot is,
-``s`` the drafts of a step, ``e`` the end of a request, ``n`` a note. Replays read h, i, d and n; ``presage explain`` reads all.
+Frames: ``h`` header, ``c`` what companions answered in a turn (``answers``), ``i`` its inputs (now, events, block names, cuts), ``d`` one
+decision (a launched step), ``r`` whose a slot is, ``s`` the drafts of a step, ``e`` the end of a request, ``n`` a note. Replays read h, c, i, d and
+n; ``presage explain`` reads all but c.
 Level ``shape`` keeps lengths, counts and block hashes; ``tokens`` keeps ids too (user data). Files rotate within a byte budget; a disk
 that is full drops and counts records and marks the log unreplayable, and serving goes on.
 """
@@ -17,14 +18,17 @@ import msgspec
 import numpy as np
 
 from presage.core.events import Abort, Annotate, Arrive, Prioritise, Waited
-from presage.core.plan import Facts, Grants, StepDone, StepFault, StepPlan, Wake
+from presage.core.plan import Draft, Facts, Grants, StepDone, StepFault, StepPlan, Wake
 from presage.core.request import Request
-from presage.core.types import EMPTY, Finish, Flag
+from presage.core.types import EMPTY, Finish, Flag, Ints
+from presage.engine.answers import Entry, WatchedCache, draft_entry, hint_entry, pass_entry
 
 if TYPE_CHECKING:
     from presage.engine.loop import Loop
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Versions that replay. Version 1 had no answers of companions: logs of engines that speculated say by a note that they do not replay."""
 _FILES = 8
 _log = logging.getLogger("presage.log")
 _pack = msgspec.msgpack.Encoder().encode
@@ -58,6 +62,21 @@ class NullLog:
         """A block got this name."""
         return digest
 
+    def hinted(self, hint: Ints) -> Ints:
+        """The drafter gave this hint [C]."""
+        return hint
+
+    def passed(self, plan: StepPlan) -> None:
+        """The drafter asked for this forward pass."""
+
+    def proposed(self, draft: Draft) -> Draft:
+        """The drafter proposed this, and the grammars left it."""
+        return draft
+
+    def caches(self, kv: Sequence[Any]) -> Sequence[Any]:
+        """The lanes' block managers as drafters are to see them."""
+        return kv
+
     def flush(self) -> None:
         """Write what is buffered."""
 
@@ -78,6 +97,8 @@ class DecisionLog(NullLog):
         self._turn: list[Any] = []
         self._names: list[bytes] = []
         self._cuts: list[Any] = []
+        self._answers: list[Entry] = []
+        self._arrived: list[str] = []
         self._whose: dict[int, int] = {}
         self._frame("h", self.header)
 
@@ -88,11 +109,15 @@ class DecisionLog(NullLog):
             # That program looks at ids, and this level keeps none.
             self.replayable = False
             self.note("unreplayable", "a thinking budget needs level tokens")
-        self._names, self._cuts = [], []
+        self._names, self._cuts, self._answers = [], [], []
+        self._arrived = [e.request.id for e in events if isinstance(e, Arrive)]
 
     def close(self, loop: Loop, wake: Wake) -> Wake:
         """Write the turn. It goes to disk when enough gathered, and when the engine has nothing left to compute."""
         self.turns += 1
+        # Who came and neither ended nor is there was refused, perhaps by a companion that no replay has.
+        if answers := [["refused", name] for name in self._arrived if name not in loop.receiver.by_id] + self._answers:
+            self._frame("c", answers)
         self._frame("i", [*self._turn, self._names, self._cuts])
         if len(self.buffer) > 1 << 16 or not wake.steps:
             self.flush()
@@ -113,7 +138,8 @@ class DecisionLog(NullLog):
 
     def ended(self, loop: Loop, slot: int, finish: Finish) -> None:
         """Which request ended how, for ``presage explain``."""
-        t = loop.table
+        t, req = loop.table, loop.requests[slot]
+        self._arrived = [name for name in self._arrived if name != req.id]
         life = [
             int(t.prompt[slot]),
             int(t.out[slot]),
@@ -122,7 +148,7 @@ class DecisionLog(NullLog):
             float(t.t_start[slot]),
             float(t.t_first[slot]),
         ]
-        self._frame("e", [loop.view.now, loop.requests[slot].id, loop.requests[slot].branch, int(finish), life])
+        self._frame("e", [loop.view.now, req.id, req.branch, int(finish), life])
 
     def note(self, kind: str, text: str) -> None:
         """A note frame."""
@@ -132,6 +158,24 @@ class DecisionLog(NullLog):
         """Record a block's name in this turn (level shape replays need them)."""
         self._names.append(digest)
         return digest
+
+    def hinted(self, hint: Ints) -> Ints:
+        """Record the drafter's hint."""
+        self._answers.append(hint_entry(hint))
+        return hint
+
+    def passed(self, plan: StepPlan) -> None:
+        """Record a pass of the drafter's."""
+        self._answers.append(pass_entry(plan))
+
+    def proposed(self, draft: Draft) -> Draft:
+        """Record a draft, at level tokens with its ids."""
+        self._answers.append(draft_entry(draft, self.level == "tokens"))
+        return draft
+
+    def caches(self, kv: Sequence[Any]) -> Sequence[Any]:
+        """Lane 0 decides which blocks are free, so what drafters take of it is recorded; nothing depends on the other lanes' blocks."""
+        return [WatchedCache(kv[0], lambda entry: self._answers.append(entry)), *kv[1:]]
 
     def flush(self) -> None:
         """Write the buffer, rotating; on a disk error drop it, count, and mark the log unreplayable."""
@@ -258,4 +302,5 @@ def _request(req: Request, level: str) -> dict[str, Any]:
         "flags": int(flags),
         "thinking": [p.thinking_budget, req.extras.get("thinking_end_id")],
         "draft": req.draft,
+        "accept": req.accept,
     }

@@ -165,6 +165,7 @@ class Loop:
     def _drafter_pass(self, plan: StepPlan) -> None:
         """Number a drafter's own pass and keep its slots in place while it runs."""
         plan.id, self.steps = self.steps, self.steps + 1
+        self.log.passed(plan)
         if plan.lane == 0:
             plan.moves = self._with_rows(plan.moves)  # it reads the rows that the last step's accepted paths are to be moved to
         self.table.inflight[plan.slot] += 1
@@ -219,7 +220,7 @@ class Loop:
         view.step = self.steps
         if self.drafter is not None and self.length is not None:
             self.table.ask[:] = 0
-            ask = self.length.ask(view, self.drafter.hint(view))
+            ask = self.length.ask(view, self.log.hinted(self.drafter.hint(view)))
             self.table.ask[: len(ask)] = np.minimum(ask, np.maximum(self.table.limit - view.known - 1, 0)[: len(ask)])
         grants = policy.plan(view, self.budget)
         check_grants(grants, view, self.budget, self.lanes)
@@ -254,7 +255,7 @@ class Loop:
         if self.drafter is not None and g.draft.any():
             known = self.table.known[g.slot]
             draft = yield from self.drafter.propose(self.view, g)  # type: ignore[misc]
-            draft = self.masker.prune(draft, g) if self.masker is not None else draft
+            draft = self.log.proposed(self.masker.prune(draft, g) if self.masker is not None else draft)
             # While it computed, a program may have rewritten a slot that had no row in its passes.
             g, draft = self._select(g, draft, self.table.known[g.slot] == known)
         if not len(g):
@@ -304,7 +305,7 @@ class Loop:
         """Catch a lagging lane up on known ids: KV only, nothing sampled."""
         kv = self.lanes[lane]
         moves = kv.apply(g.slot, frontier(self.table, g, lane))
-        plan = bind(self.steps, lane, self.table, self.arena, kv, g, Draft.none(len(g)), moves, self.executor.layers)
+        plan = bind(self.steps, lane, self.table, self.arena, kv, g, Draft.none(len(g)), moves, self.executor.layers, self.config.tables)
         plan.want[:] = int(Want.NONE)
         self.steps += 1
         self.table.inflight[g.slot] += 1

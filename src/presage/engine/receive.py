@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from presage.core.errors import AuditFailed, ContextTooLong, DeadlineMissed, Draining, NeverFits, Overloaded, PresageError, RequestError
 from presage.core.events import Abort, Annotate, Arrive, Drain, Prioritise, ResetCache, Tick, Waited
 from presage.core.plan import Grants
+from presage.core.protocols import Companion
 from presage.core.request import Request
 from presage.core.types import EMPTY, Finish, Flag, Ints, Kind, State, Wait
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
     from presage.engine.loop import Loop
 
 WAIT_SECONDS = {Wait.GRAMMAR: 60.0, Wait.ADAPTER: 60.0, Wait.KV_IN: 30.0, Wait.SCORE: 1.0, Wait.QUOTA: 60.0, Wait.WEIGHTS: 120.0}
-REMATCH = 16
+PROBED, EXACT = 128, 16
+"""Requests at the head of the queue whose prefix hits follow the cache: as far as they grow, and (``EXACT``) shrink."""
 # Python 3.11 looks an enum's member up by name each time (0.6 us): the hot paths keep numbers.
 _QUEUED, _RUNNING, _ENDING, _FREE = (int(s) for s in (State.QUEUED, State.RUNNING, State.ENDING, State.FREE))
 _EMBED, _PREFILL, _PLP = int(Kind.EMBED), int(Kind.PREFILL), int(Flag.PROMPT_LOGPROBS)
@@ -34,6 +37,7 @@ class Receiver:
         self.ending: list[int] = []
         self.timers: list[tuple[float, int, int, int]] = []
         self.matched: dict[int, int] = {}
+        self.probed = -1
         self.tenants: dict[str, int] = {}
         self.seq = 0
 
@@ -141,14 +145,16 @@ class Receiver:
             heapq.heappush(self.timers, (deadline, slot, int(t.epoch[slot]), 0))
         for kv in self.loop.lanes:
             kv.open(slot, req)
+        opened: list[Companion] = []
         try:
             for companion in self.loop.companions:
                 if companion is not self.loop.masker or Wait.GRAMMAR not in wait:
                     companion.open(slot, req)
+                    opened.append(companion)
         except PresageError:
-            # A companion refused (an id outside the vocabulary, a grammar): leave no trace of the request.
+            # A companion refused (an id outside the vocabulary, a grammar) and keeps nothing: nor may the others.
             t.move(slot, State.ENDING)
-            self._free(slot)
+            self._free(slot, opened)
             raise
         return slot
 
@@ -207,14 +213,21 @@ class Receiver:
     # ---- admit, evict, end
 
     def rematch(self) -> None:
-        """Look prefix hits up again for the head of the queue when the cache changed. Older ones only shrink, when they are used."""
+        """Look prefix hits up again for the head of the queue when the cache changed.
+
+        Walking a hit again costs 2 us and more, so behind the first few requests only hits that have grown are: a burst that shares a prefix
+        would else be let in with the hits it arrived with. Older ones shrink when they are used.
+        """
         loop = self.loop
-        if len(loop.running) >= loop.config.max_num_seqs:
+        version, room = loop.kv.version, loop.config.max_num_seqs - len(loop.running)
+        if room <= 0 or not loop.queue:
             return
-        version, room = loop.kv.version, min(REMATCH, loop.config.max_num_seqs - len(loop.running))
-        for slot in loop.queue[:room]:
-            if self.matched.get(slot) != version:
-                self.match(slot)
+        todo = [slot for slot in loop.queue[: min(EXACT, room)] if self.matched.get(slot) != version]
+        if version != self.probed:
+            todo += loop.kv.grown(np.array(loop.queue[EXACT : min(PROBED, room)], np.int32))
+            self.probed = version
+        for slot in todo:
+            self.match(slot)
 
     def match(self, slot: int) -> None:
         """Prefix hit of one queued slot. Requests for prompt log-probabilities or pooling need every position computed."""
@@ -306,16 +319,16 @@ class Receiver:
             if self.table.inflight[slot] or self.table.pins[slot]:
                 left.append(slot)
                 continue
-            self._free(slot)
+            self._free(slot, self.loop.companions)
         self.ending = left
 
-    def _free(self, slot: int) -> None:
-        """ENDING -> FREE: everything that was the slot's goes back once."""
+    def _free(self, slot: int, companions: Sequence[Companion]) -> None:
+        """ENDING -> FREE: everything that was the slot's goes back once. ``companions``: those that know it."""
         self._unseat(slot, keep=False)
         self.held_ids.pop(slot, None)
         for kv in self.loop.lanes:
             kv.close(slot)
-        for companion in self.loop.companions:
+        for companion in companions:
             companion.close(slot)
         self.loop.cutter.close(slot)
         req = self.requests.pop(slot)

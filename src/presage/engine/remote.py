@@ -6,6 +6,7 @@ HTTP lives in the front's process because a busy Python thread may keep the inte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import subprocess
@@ -30,6 +31,7 @@ from presage.engine.streams import until_ended
 from presage.engine.wire import pack, unpack
 
 RESTARTS, WITHIN = 5, 120.0
+CLOSING_SECONDS, FLUSH_SECONDS = 10.0, 2.0
 _log = logging.getLogger("presage.front")
 
 
@@ -46,6 +48,7 @@ class RemoteEngine:
         self.beat = 0.0
         self.deaths: deque[float] = deque()
         self.failure: PresageError | None = None
+        self.flushes: dict[int, asyncio.Event] = {}
         self.context = zmq.asyncio.Context()
         self.commands: Any = None
         self.inbox: Any = None
@@ -108,20 +111,35 @@ class RemoteEngine:
         """The engine's last heartbeat, with the number of restarts."""
         return {**self.last, "engine_restarts": self.generation - 1}
 
+    async def decision_log(self) -> str | None:
+        """Folder of the decision log, written out but for what an engine that does not answer holds back; None without one."""
+        folder = self.config.observability.log_folder
+        if folder is not None:
+            done = asyncio.Event()
+            number = id(done)
+            self.flushes[number] = done
+            self._send("flush", number)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), FLUSH_SECONDS)
+            self.flushes.pop(number, None)
+        return folder
+
     async def drain(self) -> None:
         """Wait until the requests in the journal ended; the front takes no new ones meanwhile."""
         while self.journal.entries and self.failure is None:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Stop the process: ask, and kill it if it does not within two seconds."""
+        """Stop the process: ask, and kill it if it does not within ``CLOSING_SECONDS``: its drafter may have files to write. Once is enough."""
+        if self.closing:
+            return
         self.closing = True
         self._send("stop", None)
         if self.task is not None:
             self.task.cancel()
         process = self.process
         if process is not None:
-            for _ in range(100):
+            for _ in range(int(CLOSING_SECONDS / 0.02)):
                 if process.poll() is not None:
                     break
                 await asyncio.sleep(0.02)
@@ -176,6 +194,9 @@ class RemoteEngine:
                 if self.generation > 1:
                     for request in self.journal.resumed():
                         self._send("add", request)
+            case "flushed":
+                if body in self.flushes:
+                    self.flushes[body].set()
             case "failed":
                 self._fail(error_of((body[0], body[1], body[2])))
 

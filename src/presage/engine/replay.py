@@ -1,11 +1,12 @@
 """Replay a decision log: the same loop, fed the recorded inputs, must make byte-equal decisions.
 
-The executor does nothing (its results are inputs), stops are the recorded cuts, and at level ``shape`` block names are the recorded ones.
+The executor does nothing (its results are inputs), stops are the recorded cuts, what a drafter answered is the recorded answers, and at level
+``shape`` block names are the recorded ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from presage.core.sampling_params import SamplingParams
 from presage.core.table import Table
 from presage.core.types import Flag, Kind, Wait
 from presage.draft.settings import parse_speculative
+from presage.engine.answers import RecordedAnswers
 from presage.engine.cutter import Cutter
 from presage.engine.emitter import Emitter
-from presage.engine.log import VERSION, NullLog, decision
+from presage.engine.log import READABLE, NullLog, decision
 from presage.engine.loop import Loop, LoopConfig
 from presage.schedule import make_scheduler
 
@@ -45,11 +47,20 @@ def read_frames(folder: str | Path) -> Iterator[tuple[str, Any]]:
             at += 4 + size
 
 
-def log_header(config: EngineConfig, geometry: KVGeometry, layers: int, eos: list[int], max_model_len: int, depth: int = 1) -> dict[str, Any]:
-    """What a replay needs to rebuild the loop."""
+def log_header(
+    config: EngineConfig,
+    geometry: KVGeometry,
+    layers: int,
+    eos: list[int],
+    max_model_len: int,
+    depth: int = 1,
+    lanes: Sequence[KVGeometry] = (),
+) -> dict[str, Any]:
+    """What a replay needs to rebuild the loop. ``lanes``: geometries of lanes 1 and up."""
     return {
         "config": config.model_dump(mode="json"),
         "geometry": msgspec.to_builtins(geometry),
+        "lanes": [msgspec.to_builtins(g) for g in lanes],
         "layers": layers,
         "eos": eos,
         "max_model_len": max_model_len,
@@ -130,7 +141,7 @@ def recorded(folder: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, An
     frames = read_frames(folder)
     first: tuple[str, Any] = next(frames, ("", {}))
     tag, header = first
-    if tag != "h" or header["version"] != VERSION:
+    if tag != "h" or header["version"] not in READABLE:
         raise ReplayMismatch("not a decision log of this version, or its beginning was rotated away")
     return header, frames
 
@@ -141,8 +152,8 @@ def replay(folder: str | Path, emitter: Callable[[Table, dict[int, Request]], Em
     ``emitter`` makes what hears the ids (zeros at level shape) and ends again; by default nobody does.
     """
     header, frames = recorded(folder)
-    names, check = (RecordedNames() if header["level"] == "shape" else None), Decisions()
-    loop, cutter = _rebuild(header, names, check, emitter or (lambda table, requests: Emitter(table, requests, lambda emissions: None)))
+    names, answers, check = (RecordedNames() if header["level"] == "shape" else None), RecordedAnswers(), Decisions()
+    loop, cutter = _rebuild(header, names, answers, check, emitter or (lambda table, requests: Emitter(table, requests, lambda emissions: None)))
     waiting: list[bytes] = []
     count = 0
     for tag, body in frames:
@@ -150,6 +161,8 @@ def replay(folder: str | Path, emitter: Callable[[Table, dict[int, Request]], Em
             waiting.append(msgspec.msgpack.encode(body))
         elif tag == "n" and body[0] == "unreplayable":
             raise ReplayMismatch(body[1])
+        elif tag == "c":
+            answers.feed(body)
         elif tag == "i":
             now, events, turn_names, cuts = body
             cutter.cuts.extend(cuts)
@@ -158,38 +171,61 @@ def replay(folder: str | Path, emitter: Callable[[Table, dict[int, Request]], Em
             loop.turn(now, [decode_event(e) for e in events])
             if check.made != waiting:
                 raise ReplayMismatch(f"decision {count} differs from the recorded one", step=count)
+            if answers.left:
+                raise ReplayMismatch(f"before decision {count} the loop did not ask its drafter for a {answers.left[0][0]}", step=count)
             count += len(waiting)
             waiting, check.made = [], []
     return count
 
 
 def _rebuild(
-    header: dict[str, Any], names: Any, log: NullLog, emitter: Callable[[Table, dict[int, Request]], Emitter]
+    header: dict[str, Any], names: Any, answers: RecordedAnswers, log: NullLog, emitter: Callable[[Table, dict[int, Request]], Emitter]
 ) -> tuple[Loop, RecordedCutter]:  # fmt: skip
     config = EngineConfig.model_validate(header["config"])
-    geometry = msgspec.convert(header["geometry"], KVGeometry)
     table, requests = Table(), dict[int, Request]()
     cutter = RecordedCutter(table, requests, header["eos"])
-    max_len = header["max_model_len"]
-    kv = BlockManager(
-        geometry,
-        max_len=max_len,
-        prefix_caching=config.cache.enable_prefix_caching,
-        content=names or HashedContent(),
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-    )
+    kv = block_managers(header, config, names)
+    answers.cache = kv[0]
     loop = Loop(
-        loop_config(config, max_len),
-        SilentExecutor(geometry, header["layers"], header["depth"]),
-        [kv],
+        loop_config(config, header["max_model_len"]),
+        SilentExecutor(kv[0].geometry, header["layers"], header["depth"]),
+        kv,
         make_scheduler(config.scheduler),
         cutter,
         emitter(table, requests),
         table=table,
         requests=requests,
         log=log,
+        **recorded_parts(config, answers),
     )
     return loop, cutter
+
+
+def block_managers(header: dict[str, Any], config: EngineConfig, names: Any = None) -> list[BlockManager]:
+    """Those of all lanes, lane 0 first; ``names`` it by what was recorded, if given."""
+    return [
+        BlockManager(
+            msgspec.convert(geometry, KVGeometry),
+            max_len=header["max_model_len"] + 1,
+            prefix_caching=config.cache.enable_prefix_caching,
+            content=(names if lane == 0 else None) or HashedContent(),
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        )
+        for lane, geometry in enumerate([header["geometry"], *header.get("lanes", [])])
+    ]
+
+
+def recorded_parts(config: EngineConfig, answers: RecordedAnswers) -> dict[str, Any]:
+    """The loop's share of speculation with the recorded answers in the drafter's place; without a drafter they still refuse requests."""
+    speculative = parse_speculative(config.speculation.speculative_config)
+    if speculative is None or config.speculation.max_draft_tokens == 0:
+        return {"companions": (answers,)}
+    from presage.draft.length.registry import make_length
+    from presage.draft.length.steptime import StepTime
+
+    length = make_length(speculative.length, rule=speculative.rule, **speculative.options)
+    wishes = getattr(length, "wishes", None)
+    return {"drafter": answers, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
 
 
 def loop_config(config: EngineConfig, max_model_len: int) -> LoopConfig:
@@ -212,7 +248,9 @@ def decode_event(data: list[Any]) -> Event:
     match kind:
         case "done":
             empty = np.empty(0, np.int32)
-            return StepDone(rest[0], rest[1], rest[2], empty, empty, np.frombuffer(rest[3], np.int32), np.frombuffer(rest[4], np.int32))
+            # Copies: kernels know what may not be written as another type, and would be compiled for it too.
+            path_off, path = (np.frombuffer(part, np.int32).copy() for part in rest[3:5])
+            return StepDone(rest[0], rest[1], rest[2], empty, empty, path_off, path)
         case "fault":
             return StepFault(rest[0], rest[1], np.frombuffer(rest[2], np.int32), rest[3])
         case "arrive":
@@ -260,5 +298,7 @@ def _request(d: dict[str, Any]) -> Request:
         due_end=d["due"][2],
         program=d["program"],
         sink=d["sink"],
+        draft=d["draft"],
+        accept=d.get("accept", "keyed"),
         extras=extras,
     )

@@ -25,10 +25,12 @@ def warm_up(driver: WallDriver, vocab_size: int, max_len: int, show: bool) -> fl
     """Run a prompt chunk, decode steps, greedy and sampled. Returns the seconds it took."""
     began, loop = time.monotonic(), driver.loop
     prompt = (np.arange(min(40, max(1, max_len - 4))) % vocab_size).astype(np.int32)
+    # A drafter must not remember what nobody asked for.
+    forgotten = {"suffix_decoding_max_cached_requests": 0}
     kinds = (SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), SamplingParams(top_p=0.9, top_k=20, max_tokens=2, ignore_eos=True, seed=0))
     with _patience("compiling kernels (once per machine)", show):
         for i, params in enumerate(kinds):
-            driver.post(Arrive(Request(id=f"warm-up-{i}", prompt=prompt, sampling=params, sink="warm-up")))
+            driver.post(Arrive(Request(id=f"warm-up-{i}", prompt=prompt, sampling=params, sink="warm-up", draft=forgotten)))
         driver.step()
         while not loop.idle:
             driver.step()

@@ -27,7 +27,7 @@ _log = logging.getLogger("presage.engine")
 
 
 class Worker:
-    """Commands in (``add``, ``abort``, ``drain``, ``reset``, ``stop``), emissions and heartbeats out."""
+    """Commands in (``add``, ``abort``, ``drain``, ``reset``, ``flush``, ``stop``), emissions and heartbeats out."""
 
     def __init__(self, commands: str, emissions: str) -> None:
         self.context = zmq.Context(1)
@@ -66,6 +66,11 @@ class Worker:
         threading.Thread(target=self.listen, name="presage-commands", daemon=True).start()
         self.engine.driver.run()
         self.engine.close()
+
+    def flush(self, number: int) -> None:
+        """Write the decision log out and say so; in the loop's thread."""
+        self.engine.loop.log.flush()
+        self.send("flushed", number)
 
     def watch(self) -> None:
         """End with the parent, also while the model loads: nobody else would."""
@@ -107,6 +112,8 @@ class Worker:
                 driver.post(Drain())
             case "reset":
                 driver.post(ResetCache())
+            case "flush":
+                driver.call(lambda: self.flush(body))
             case "stop":
                 driver.stop()
 

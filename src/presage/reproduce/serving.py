@@ -11,6 +11,7 @@ import numpy as np
 
 from presage.bench.arrivals import arrival_times
 from presage.bench.capacity import capacity_search
+from presage.bench.workloads import Requests, Workload
 from presage.core.config import EngineConfig
 from presage.core.plan import Budget, Grants
 from presage.core.protocols import EngineView, Scheduler
@@ -18,7 +19,6 @@ from presage.reproduce.recipe import Job
 from presage.schedule import make_scheduler
 from presage.schedule.fcfs import Fcfs, Reasons
 from presage.simulate.run import Result, Target, simulate
-from presage.simulate.trace import LengthTrace
 
 TABLES = {
     "sharegpt": "request_lengths/sharegpt_8k_filtered_stats_llama2_tokenizer.csv",
@@ -35,9 +35,9 @@ def lengths(job: Job, which: str, n: int, longest: int = 8192, seed: int = 0) ->
     return picked[:, 0], picked[:, 1]
 
 
-def at_rate(sizes: tuple[np.ndarray, np.ndarray], rate: float, seed: int = 1) -> LengthTrace:
+def at_rate(sizes: tuple[np.ndarray, np.ndarray], rate: float, seed: int = 1) -> Requests:
     """The requests as a Poisson stream of ``rate`` requests a second (inf: all at once)."""
-    return LengthTrace(arrival_times(len(sizes[0]), rate, seed=seed), *sizes)
+    return Requests(Workload("r", arrival_times(len(sizes[0]), rate, seed=seed), *sizes))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from presage.serve.protocol.chat import ChatChunk, ChatRequest
 from presage.serve.protocol.completions import CompletionRequest
 from presage.serve.protocol.other import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from presage.serve.request_id import RequestIdMiddleware
-from presage.serve.routes import chat, completions, embeddings, models, status, tokens
+from presage.serve.routes import chat, completions, embeddings, explain, models, status, tokens
 from presage.serve.sampling import check_defaults
 from presage.serve.tools import tool_parser
 
@@ -42,7 +42,7 @@ def create_app(engine_client: EngineClient, config: ServerConfig | None = None) 
         openapi_url="/openapi.json" if docs else None,
     )
     app.state.front = Front(engine_client, config)
-    for part in (chat, completions, embeddings, models, tokens, status):
+    for part in (chat, completions, embeddings, models, tokens, status, explain):
         app.include_router(part.router)
     errors.install(app)
     openapi.install(app, (ChatRequest, ChatChunk, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest))

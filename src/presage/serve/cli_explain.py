@@ -1,66 +1,111 @@
-"""``presage explain``: a request's life from a decision log: its drafts as coloured text, why it waited, was preempted, got these draft lengths."""
+"""``presage explain``: a request's life from a decision log or from the server that keeps one, as coloured text."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.error import HTTPError
+from urllib.parse import quote, urlencode
 
 from cyclopts import Parameter
 
 from presage.core.errors import ConfigError, PresageError
-from presage.draft.sources import SOURCES
 from presage.serve.cli import app
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
-    from presage.engine.explain import Branch, History, Ran
+    from presage.engine.explain import History
+    from presage.serve.explained import Show
 
-COLOURS = dict(zip(SOURCES, ("white", "green", "cyan", "blue", "magenta", "yellow", "bright_yellow", "bright_magenta"), strict=True))
-REJECTED = "dim red strike"
-Show = Callable[[Iterable[int]], str]
+ANSWER_SECONDS = 120.0
+"""A long log takes a while to read."""
 
 
 @app.command
 def explain(
-    request_id: str = "", /, *, decision_log: Annotated[str, Parameter(name=["--decision-log", "--log"])], steps: int = 12, tokenizer: str = ""
+    request_id: str = "",
+    /,
+    *,
+    url: str = "http://127.0.0.1:8000",
+    decision_log: Annotated[str, Parameter(name=["--decision-log", "--log"])] = "",
+    steps: int = 12,
+    tokenizer: str = "",
+    api_key: str = "",
 ) -> int:
     """Show what happened to a request: its drafts as coloured text, why it waited, was preempted, and got these draft lengths.
 
     Parameters
     ----------
     request_id:
-        The request's id, or a part of it that no other has; none lists the requests.
+        The request's id, as its answer has it. Of a log read here a part that no other has is enough, and none lists the requests.
+    url:
+        Address of the running server to ask; it must keep a decision log.
     decision_log:
-        Folder that ``--decision-log`` wrote. At level tokens the text is shown, at level shape a mark per token.
+        Folder that ``--decision-log`` wrote, to read it here instead. At level tokens the text is shown, at level shape a mark per token.
     steps:
         Steps shown one by one, evenly spread; 0 for none, -1 for all.
     tokenizer:
-        Tokenizer folder or hub name; the log's model by default.
+        Tokenizer folder or hub name for a log read here; the log's model by default.
+    api_key:
+        Key to send to the server.
     """
     from rich.console import Console
 
+    from presage.serve.explained import PIPE
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = PIPE
+    if decision_log:
+        return _read(console, decision_log, request_id, steps, tokenizer)
+    return _ask(console, url, request_id, steps, api_key)
+
+
+# ---- a server
+
+
+def _ask(console: Console, url: str, request_id: str, steps: int, api_key: str) -> int:
+    """Print what the server tells. Raises the server's own error."""
+    from presage.serve.cli_top import get
+    from presage.serve.errors import Failed
+
+    if not request_id:
+        raise ConfigError("a server tells about one request: give the id that its answer had", param="request_id")
+    wishes = {"steps": steps, "width": console.width, "colour": int(console.is_terminal and not console.no_color)}
+    try:
+        text = get(url, f"/explain/{quote(request_id, safe='')}?{urlencode(wishes)}", api_key, ANSWER_SECONDS)
+    except HTTPError as error:
+        try:
+            told = json.loads(error.read())["error"]
+            message, code = str(told["message"]), str(told["code"])
+        except (ValueError, KeyError, TypeError):
+            message, code = f"{url} answers {error.code} {error.reason}; is it a server of Presage?", "not_found"
+        raise Failed(message, code=code, status=error.code) from None
+    except OSError as error:
+        why = getattr(error, "reason", error)
+        raise ConfigError(f"no server at {url}: {why}; name a log with --decision-log to read it here", param="url") from None
+    sys.stdout.write(text)
+    return 0
+
+
+# ---- a log read here
+
+
+def _read(console: Console, folder: str, request_id: str, steps: int, tokenizer: str) -> int:
     from presage.engine.explain import history, requests
     from presage.engine.replay import read_frames
+    from presage.serve.explained import tell
 
-    if not any(Path(decision_log).glob("*.plog")):
-        raise ConfigError(f"{decision_log} holds no decision log", param="decision_log")
-    console, known = Console(highlight=False, soft_wrap=True), requests(read_frames(decision_log))
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width, and 80 columns are too few for the table
+    if not any(Path(folder).glob("*.plog")):
+        raise ConfigError(f"{folder} holds no decision log", param="decision_log")
+    known = requests(read_frames(folder))
     if not request_id:
         return _list(console, known)
-    found = history(read_frames(decision_log), _one(request_id, known))
-    show = _words(found, tokenizer)
-    _head(console, found)
-    for index, branch in sorted(found.branches.items()):
-        if len(found.branches) > 1:
-            console.rule(f"branch {index}")
-        _branch(console, found, branch, show, steps)
+    found = history(read_frames(folder), _one(request_id, known))
+    tell(console, found, _words(found, tokenizer), steps)
     return 0
 
 
@@ -85,172 +130,14 @@ def _list(console: Console, known: dict[str, list[Any]]) -> int:
 
 def _words(found: History, tokenizer: str) -> Show | None:
     """How ids become text; None if the log has no ids."""
+    from presage.serve.explained import has_ids, shown_by
     from presage.tokenize.tokenizer import Tokenizer
 
+    if not has_ids(found):
+        return None
     model = found.header.get("config", {}).get("model", {})
     source = tokenizer or model.get("tokenizer") or model.get("model", "")
-    if not any(ran.ids for b in found.branches.values() for ran in b.ran):
-        return None
     try:
-        loaded = Tokenizer.load(source, None if tokenizer or model.get("tokenizer") else model.get("revision"))
+        return shown_by(Tokenizer.load(source, None if tokenizer or model.get("tokenizer") else model.get("revision")))
     except PresageError:
         return lambda ids: "".join(f" {i}" for i in ids)
-    return lambda ids: "".join(_tame(c) for c in b"".join(map(loaded.token_bytes, ids)).decode(errors="replace"))
-
-
-def _tame(c: str) -> str:
-    """A character that cannot steer the terminal."""
-    return c if c.isprintable() or c in "\n\t" else "·"
-
-
-# ---- what is told
-
-
-def _head(console: Console, found: History) -> None:
-    console.print(f"[bold]{found.id}[/bold]", *_asked_for(found.request))
-    for text, n in Counter(text for kind, text in found.notes if kind == "policy_error").items():
-        console.print(f"a policy failed {n} times: {text}", markup=False)
-
-
-def _asked_for(request: dict[str, Any]) -> list[str]:
-    """What of the request matters here."""
-    if not request:
-        return ["(its arrival is no longer in the log)"]
-    prompt, out = request["prompt"], []
-    out.append(f"{prompt if isinstance(prompt, int) else len(prompt) // 4} prompt tokens,")
-    out.append(f"at most {request['max_tokens']} new," if request["max_tokens"] else "no limit of its own,")
-    out.append(f"priority {request['priority']}" + (f", tenant {request['tenant']}" if request["tenant"] else ""))
-    return [*out, f", draft {json.dumps(request['draft'])}"] if request.get("draft") else out
-
-
-def _branch(console: Console, found: History, branch: Branch, show: Show | None, steps: int) -> None:
-    _times(console, found, branch)
-    for line in _delays(found, branch):
-        console.print(line, markup=False)
-    ran = [r for r in branch.ran if len(r.parent)]
-    console.print(*_lengths(found, branch), sep="\n", markup=False)
-    if branch.ran and (ran or show):
-        marks = "" if console.is_terminal else " (accepted drafts in [], rejected ones in ⟨⟩)"
-        console.print(f"\ndrafts{marks}:", *(f"[{COLOURS[s]}]{s}[/]" for s in _sources(ran)), f"[{REJECTED}]rejected[/]")
-        console.print(_text(branch.ran, show, console.is_terminal))
-    if steps:
-        _steps(console, found, branch, steps)
-
-
-def _times(console: Console, found: History, branch: Branch) -> None:
-    prefill = next((r for r in branch.ran if r.new), None)
-    hit = branch.ran[0].start if branch.ran else 0
-    parts = [f"finish {branch.finish or 'running'}", f"{sum(r.new for r in branch.ran)} tokens in {len(branch.ran)} steps"]
-    if branch.ran and found.arrival:
-        parts.append(f"first step after {_s(branch.ran[0].now - found.arrival)}")
-    if prefill is not None and found.arrival:
-        parts.append(f"first token after {_s(prefill.now + prefill.seconds - found.arrival)}")
-    if branch.finish and found.arrival:
-        parts.append(f"end after {_s(branch.ended - found.arrival)}")
-    if hit:
-        parts.append(f"{hit} prompt tokens were in the cache")
-    console.print(", ".join(parts))
-    for r in branch.ran:
-        if r.fault:
-            console.print(f"step {r.step} failed: {r.fault.strip().splitlines()[-1]}", markup=False)
-
-
-def _delays(found: History, branch: Branch) -> list[str]:
-    out = []
-    for d in branch.delays:
-        what = {"queue": "waited in the queue", "preempted": "preempted"}.get(d.cause, f"waited for its {d.cause}")
-        until = "until now" if d.until is None else _s(d.until - d.since)
-        out.append(f"{what} at {_s(d.since - (found.arrival or d.since))}, {until}")
-        out += [f"    {text}" + (f" ({n} steps)" if n > 1 else "") for text, n in d.reasons.most_common()]
-    return out
-
-
-def _lengths(found: History, branch: Branch) -> list[str]:
-    """Why the drafts were as long as they were."""
-    decoding = [r for r in branch.ran if r.new]
-    why = Counter(_why(found, r) for r in decoding)
-    spec = (found.header.get("config", {}).get("speculation") or {}).get("speculative_config")
-    if not spec:
-        return ["no speculation"] if decoding else []
-    drafted, kept = sum(len(r.parent) for r in decoding), sum(len(r.path) for r in decoding)
-    share = f" ({kept / drafted:.0%})" if drafted else ""
-    return [f"{drafted} draft tokens, {kept} accepted{share}; steps by draft length:", *(f"    {n:4} {text}" for text, n in why.most_common())]
-
-
-def _why(found: History, ran: Ran) -> str:
-    """What decided the length of one step's draft."""
-    wish, nodes = found.request.get("draft") or {}, len(ran.parent)
-    if ran.count > 1:
-        return "none: the prompt was computed"
-    if wish.get("method") == "none" or wish.get("num_speculative_tokens") == 0:
-        return "none: the request wants no drafts"
-    if not ran.asked:
-        return "none: nothing to look up, or drafting did not pay (length policy)"
-    if ran.granted < ran.asked and nodes == ran.granted:
-        return "cut to what max_draft_tokens or the free KV blocks allowed" if nodes else "none: no room in max_draft_tokens or in the KV cache"
-    if nodes == ran.granted:
-        return "all that the length policy asked for" + (" (the request's own limit)" if nodes == wish.get("num_speculative_tokens") else "")
-    return ("fewer than asked" if nodes else "none") + ": the drafter had no more, or the rest was not worth its row"
-
-
-def _sources(ran: list[Ran]) -> list[str]:
-    return [SOURCES[i] for i in sorted({int(s) for r in ran for s in r.source})]
-
-
-# ---- drafts as text
-
-
-def _text(ran: list[Ran], show: Show | None, colours: bool) -> Text:
-    """The output: accepted tokens in their drafter's colour, the target's own plain, the likeliest rejected path struck out."""
-    from rich.text import Text
-
-    text = Text()
-    for r in ran:
-        for run, source in _runs(r):
-            words = show(run) if show else "■" * len(run)
-            text.append(words if colours or not source else f"[{words}]", style=COLOURS.get(source, ""))
-        if len(lost := _lost(r)):
-            words = show(r.token[lost].tolist()).replace("\n", "↵") if show else "□" * len(lost)
-            text.append(words if colours else f"⟨{words}⟩", style=REJECTED)
-    return text
-
-
-def _runs(ran: Ran) -> list[tuple[list[int], str]]:
-    """New ids with their drafter ("" = the target itself), equal neighbours together. Without ids: zeros."""
-    ids, out = ran.ids or [0] * ran.new, list[tuple[list[int], str]]()
-    for i, token in enumerate(ids):
-        source = "" if i >= len(ran.path) else SOURCES[int(ran.source[ran.path[i]])] if len(ran.source) else SOURCES[0]
-        if not out or out[-1][1] != source:
-            out.append(([], source))
-        out[-1][0].append(token)
-    return out
-
-
-def _lost(ran: Ran) -> list[int]:
-    """The likeliest path that was rejected, from where the accepted one ends."""
-    node, out = ran.path[-1] if ran.path else -1, list[int]()
-    while len(below := [i for i in range(len(ran.parent)) if ran.parent[i] == node]):
-        node = max(below, key=lambda i: float(ran.prob[i]))
-        out.append(node)
-    return out
-
-
-def _steps(console: Console, found: History, branch: Branch, limit: int) -> None:
-    from rich.table import Table
-
-    ran = branch.ran
-    every = 1 if limit < 0 else max(1, -(-len(ran) // limit))
-    table = Table(box=None, pad_edge=False)
-    for name in ("at", "step", "ms", "foreseen", "batch", "rows", "ask", "grant", "verify", "accept", "new", "draft length"):
-        table.add_column(name, no_wrap=True, min_width=None if name == "draft length" else len(name))
-    for r in ran[::every]:
-        at = _s(r.now - found.arrival) if found.arrival else ""
-        took, foreseen = f"{1e3 * r.seconds:.2f}", f"{1e3 * r.predicted:.2f}" if r.predicted else ""
-        counts = (r.requests, r.rows, r.asked, r.granted, len(r.parent), len(r.path), r.new)
-        table.add_row(at, str(r.step), took, foreseen, *map(str, counts), _why(found, r))
-    console.print()
-    console.print(table, soft_wrap=False)
-
-
-def _s(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"

@@ -125,14 +125,22 @@ class Span:
 
 
 def fetch(url: str, api_key: str = "") -> Sample:
-    """A sample of the server at ``url`` (with or without /v1). Raises OSError if it does not answer."""
+    """A sample of the server at ``url``. Raises OSError if it does not answer."""
+    return read(get(url, "/metrics", api_key), time.monotonic())
+
+
+def get(url: str, path: str, api_key: str = "", timeout: float = 10.0) -> str:
+    """The page at a path of the server at ``url`` (with or without /v1).
+
+    Raises OSError if it does not answer in time or not with success, ConfigError for what is no address.
+    """
     base = url.rstrip("/").removesuffix("/v1")
     try:
-        ask = Request(base + "/metrics", headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+        ask = Request(base + path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
     except ValueError:
         raise ConfigError(f"{url!r} is no address of a server", param="url") from None
-    with urlopen(ask, timeout=10) as reply:
-        return read(reply.read().decode(errors="replace"), time.monotonic())
+    with urlopen(ask, timeout=timeout) as reply:
+        return str(reply.read().decode(errors="replace"))
 
 
 @app.command

@@ -44,6 +44,9 @@ class EngineClient(Protocol):
     async def health(self) -> bool:
         """True while the loop is alive and answering."""
 
+    async def decision_log(self) -> str | None:
+        """Folder of the decision log, after what is buffered was written; None if the engine keeps none."""
+
     def stats(self) -> dict[str, Any]:
         """Gauges and counters since start; absent ones read as 0.
 

@@ -37,6 +37,18 @@ class BodyTimeout(tree.RequestError, TimeoutError):
     code, status = "request_timeout", 408
 
 
+class UnknownRequest(tree.RequestError, LookupError):
+    """No request of this id is in the decision log, or it is another tenant's."""
+
+    code, status = "request_not_found", 404
+
+
+class NoDecisionLog(tree.RequestError):
+    """The server keeps no decision log, so nothing can be told about a request."""
+
+    code, status = "no_decision_log", 409
+
+
 class Failed(PresageError):
     """An error that reached us as plain data (code, message, status) and matches no class of the tree."""
 

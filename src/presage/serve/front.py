@@ -33,6 +33,7 @@ class Front:
         self.created = int(time.time())
         self.clock: Callable[[], float] = time.monotonic
         self.live = 0
+        self.reading_log = asyncio.Lock()
         self.draining = False
 
     def admit(self) -> None:

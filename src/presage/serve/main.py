@@ -32,7 +32,7 @@ async def _serve(config: EngineConfig, http: ServerConfig) -> int:
     engine = RemoteEngine(config)
     try:
         await engine.start()
-        server = make_server(create_app(engine, http), http, engine.drain)
+        server = make_server(create_app(engine, http), http, engine.drain, engine.close)
         if not config.observability.disable_log_stats:
             watch = asyncio.create_task(_report(engine))
         where = http.uds or f"http{'s' if http.ssl_certfile else ''}://{http.host}:{http.port}"

@@ -15,8 +15,9 @@ _REF = "#/components/schemas/{model}"
 _WORDS = {
     400: "The request is at fault; `param` names the field.",
     401: "The API key is missing or wrong.",
-    404: "Unknown model.",
+    404: "Unknown model or request.",
     408: "The body did not arrive in time.",
+    409: "The server keeps no decision log.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     500: "The server failed.",

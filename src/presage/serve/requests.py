@@ -11,9 +11,9 @@ from starlette.requests import Request as HttpRequest
 
 from presage.core.errors import RequestError
 from presage.core.request import Request
+from presage.core.salt import salt_of
 from presage.core.sampling_params import SamplingParams
 from presage.draft.length.wishes import cap_of
-from presage.serve.auth import salt_of
 from presage.serve.front import front_of, tenant_of
 from presage.serve.generate import Generation, ids_array
 from presage.serve.protocol.common import SLO, SamplingBody

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
@@ -31,9 +32,9 @@ class Server(uvicorn.Server):
     While draining, new requests get 503 ``draining`` and running ones may finish within ``shutdown_timeout``.
     """
 
-    def __init__(self, config: uvicorn.Config, front: Front, drain: Drain | None) -> None:
+    def __init__(self, config: uvicorn.Config, front: Front, drain: Drain | None, close: Drain | None = None) -> None:
         super().__init__(config)
-        self._front, self._drain = front, drain
+        self._front, self._drain, self._close = front, drain, close
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -51,6 +52,12 @@ class Server(uvicorn.Server):
         if self._front.draining and self._draining is None:
             self._draining = asyncio.ensure_future(self._finish())
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End connections, then what is behind them: after this uvicorn raises the signal again, and SIGTERM leaves time for nothing."""
+        await super().shutdown(sockets)
+        if self._close is not None:
+            await self._close()
 
     async def _finish(self) -> None:
         front = self._front
@@ -87,8 +94,9 @@ class _EndQuietly:
             await error_response(Draining("the server has shut down", retry_after=5))(scope, receive, send)
 
 
-def make_server(app: FastAPI, config: ServerConfig, drain: Drain | None = None) -> Server:
-    """A server to ``serve()`` in a loop of your own. ``drain`` is awaited once when the end begins (it may end the engine's requests)."""
+def make_server(app: FastAPI, config: ServerConfig, drain: Drain | None = None, close: Drain | None = None) -> Server:
+    """A server to ``serve()`` in a loop of your own. ``drain`` is awaited once when the end begins (it may end the engine's requests), ``close``
+    when all connections have ended."""
     settings = uvicorn.Config(
         _EndQuietly(app),
         host=config.host,
@@ -110,7 +118,7 @@ def make_server(app: FastAPI, config: ServerConfig, drain: Drain | None = None) 
         access_log=config.access_log,
         server_header=False,
     )
-    return Server(settings, app.state.front, drain)
+    return Server(settings, app.state.front, drain, close)
 
 
 def run(app: FastAPI, config: ServerConfig, drain: Drain | None = None) -> None:

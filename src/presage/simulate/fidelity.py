@@ -20,6 +20,16 @@ def quantiles(off: Floats) -> dict[str, float]:
     return {"median": float(np.median(np.abs(off))), "p95": float(np.percentile(np.abs(off), 95))}
 
 
+def errors(ours: Floats, theirs: Floats, tail: int) -> dict[str, float]:
+    """Of simulated times over measured ones - 1: mean, median and percentile ``tail``; ``each``: median absolute error over requests."""
+    return {
+        "mean": float(ours.mean() / theirs.mean() - 1),
+        "median": float(np.median(ours) / np.median(theirs) - 1),
+        f"p{tail}": float(np.percentile(ours, tail) / np.percentile(theirs, tail) - 1),
+        "each": float(np.median(np.abs(ours / theirs - 1))),
+    }
+
+
 def spread(folders: list[Path]) -> dict[str, float]:
     """Of a step's time, from run to run of one engine over the same steps. Raises ConfigError if the runs did not make the same steps."""
     runs = [steps_of_log(folder) for folder in folders]
@@ -58,16 +68,10 @@ def simulated(folder: str | Path, latency: LatencyModel) -> Result:
 
 
 def request_errors(folder: str | Path, latency: LatencyModel) -> dict[str, dict[str, float]]:
-    """Simulated over measured - 1 for mean, median and p95 of TTFT and E2E; ``each``: median absolute error over requests."""
+    """``errors`` of TTFT and E2E, with p95."""
     real, result = measured_requests(folder), simulated(folder, latency)
     at = {name: i for i, name in enumerate(result.ids) if name in real}
     order, out = [at[name] for name in real], {}
     for k, name in enumerate(("ttft", "e2e")):
-        ours, theirs = getattr(result, name)[order], np.array([r[k] for r in real.values()])
-        out[name] = {
-            "mean": float(ours.mean() / theirs.mean() - 1),
-            "median": float(np.median(ours) / np.median(theirs) - 1),
-            "p95": float(np.percentile(ours, 95) / np.percentile(theirs, 95) - 1),
-            "each": float(np.median(np.abs(ours / theirs - 1))),
-        }
+        out[name] = errors(getattr(result, name)[order], np.array([r[k] for r in real.values()]), 95)
     return out

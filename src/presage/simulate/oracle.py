@@ -39,12 +39,6 @@ def synthetic_ids(base: int, start: int, stop: int) -> Ints:
     return np.asarray((np.arange(start, stop, dtype=np.int64) + base & _MASK) + 1024, np.int32)
 
 
-def block_ids(hashes: np.ndarray, length: int, block: int) -> Ints:
-    """Ids of a prompt of ``length`` tokens known by the hashes of its ``block``-token blocks: equal hashes give equal ids (Mooncake traces)."""
-    ids = np.asarray(hashes, np.int64)[:, None] * block + np.arange(block)
-    return np.asarray(((ids & _MASK) + 1024).ravel()[:length], np.int32)
-
-
 @njit(cache=True)
 def told(base, position):  # type: ignore[no-untyped-def]
     """The rule: the id at a position of a text; wrapped so that it never reaches the special ids below 1024."""

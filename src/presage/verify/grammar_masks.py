@@ -165,6 +165,14 @@ class Masker:
         """True if the slot's request has a grammar (its next input id is needed on the host; it takes no part in bursts)."""
         return slot in self.tracks
 
+    def forced(self, slot: int) -> str:
+        """Text that must come next, whatever the model says; empty where it has a choice, while it thinks, and at the end."""
+        with self.lock:
+            track = self.tracks.get(slot)
+            if track is None or track.began < 0 or track.over or track.matcher.is_terminated():
+                return ""
+            return str(track.matcher.find_jump_forward_string())
+
     def terminated(self, slot: int) -> bool:
         """True if the text is complete and nothing may follow: the loop ends the request with ``stop``."""
         track = self.tracks.get(slot)

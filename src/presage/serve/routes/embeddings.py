@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from presage.core.errors import ContextTooLong, RequestError, StepFailed
 from presage.core.request import Request as EngineRequest
+from presage.core.salt import salt_of
 from presage.core.sampling_params import SamplingParams
 from presage.core.types import Kind
 from presage.serve import openapi
-from presage.serve.auth import salt_of
 from presage.serve.errors import encode
 from presage.serve.front import Front, front_of, tenant_of
 from presage.serve.generate import Generation, ids_array, merged
