@@ -15,7 +15,7 @@ import numpy as np
 
 from presage.core.errors import ReplayMismatch, RequestError
 from presage.core.plan import Draft, Grants, Moves, StepDone, StepPlan
-from presage.core.protocols import Companion, EngineView, KVCache
+from presage.core.protocols import Drafter, EngineView, KVCache
 from presage.core.request import Request
 from presage.core.types import EMPTY, Ints
 
@@ -57,7 +57,7 @@ class WatchedCache:
         return self._inner.apply(slots, upto)
 
 
-class RecordedAnswers(Companion):
+class RecordedAnswers(Drafter):
     """Answers as recorded: stands in for the drafter, and refuses the requests that some companion refused.
 
     ``cache``: lane 0's block manager, from which it takes the blocks that the drafter took. Raises ReplayMismatch where the loop asks for

@@ -22,7 +22,7 @@ from presage.core.request import Request
 from presage.core.table import Table
 from presage.core.types import Wait
 from presage.draft.lanes import Lanes
-from presage.draft.settings import parse_speculative
+from presage.draft.parts import chosen, parts
 from presage.engine.cutter import Cutter
 from presage.engine.driver import WallDriver
 from presage.engine.emitter import Emitter, Sink
@@ -168,13 +168,11 @@ def build_engine(
 
 def _drafting(config: EngineConfig, model: Any, lanes: Lanes, path: Path, tokenizer: Tokenizer, grammar: Grammars) -> dict[str, Any]:
     """The loop's share of speculation: drafter, length policy, its companion and a model of step times; empty without a drafter."""
-    speculative = parse_speculative(config.speculation.speculative_config)
-    if speculative is None or config.speculation.max_draft_tokens == 0:
+    speculative = chosen(config)
+    if speculative is None:
         return {}
     from presage.draft.grammar import GrammarDrafter
     from presage.draft.hybrid import HybridDrafter
-    from presage.draft.length.registry import make_length
-    from presage.draft.length.steptime import StepTime
     from presage.draft.registry import make_drafter
 
     lanes.rule = speculative.rule
@@ -193,9 +191,7 @@ def _drafting(config: EngineConfig, model: Any, lanes: Lanes, path: Path, tokeni
     if speculative.drafter != "grammar":
         # What a grammar forces costs no guess: it goes before whatever else would be drafted.
         drafter = HybridDrafter([GrammarDrafter(grammar, tokenizer), drafter], combine="threshold", tau=0.5)
-    length = make_length(speculative.length, rule=speculative.rule, **speculative.options)
-    wishes = getattr(length, "wishes", None)  # policies of other packages may have none
-    return {"drafter": drafter, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
+    return parts(speculative, drafter)
 
 
 def _whose_ids(path: Path, tokenizer: Tokenizer) -> str:

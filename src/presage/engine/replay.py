@@ -25,6 +25,7 @@ from presage.core.request import Request
 from presage.core.sampling_params import SamplingParams
 from presage.core.table import Table
 from presage.core.types import Flag, Kind, Wait
+from presage.draft.parts import chosen, parts
 from presage.draft.settings import parse_speculative
 from presage.engine.answers import RecordedAnswers
 from presage.engine.cutter import Cutter
@@ -217,15 +218,8 @@ def block_managers(header: dict[str, Any], config: EngineConfig, names: Any = No
 
 def recorded_parts(config: EngineConfig, answers: RecordedAnswers) -> dict[str, Any]:
     """The loop's share of speculation with the recorded answers in the drafter's place; without a drafter they still refuse requests."""
-    speculative = parse_speculative(config.speculation.speculative_config)
-    if speculative is None or config.speculation.max_draft_tokens == 0:
-        return {"companions": (answers,)}
-    from presage.draft.length.registry import make_length
-    from presage.draft.length.steptime import StepTime
-
-    length = make_length(speculative.length, rule=speculative.rule, **speculative.options)
-    wishes = getattr(length, "wishes", None)
-    return {"drafter": answers, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
+    found = chosen(config)
+    return parts(found, answers) if found is not None else {"companions": (answers,)}
 
 
 def loop_config(config: EngineConfig, max_model_len: int) -> LoopConfig:

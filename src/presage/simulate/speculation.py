@@ -10,17 +10,15 @@ import numpy as np
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
 from presage.core.plan import Draft, Facts, Grants, StepDone, StepPlan
-from presage.core.protocols import Companion, EngineView, LatencyModel
+from presage.core.protocols import Drafter, EngineView, LatencyModel
 from presage.core.types import Floats, Ints
-from presage.draft.length import make_length
-from presage.draft.length.steptime import StepTime
+from presage.draft.parts import chosen, parts
 from presage.draft.registry import make_drafter
-from presage.draft.settings import parse_speculative
 
 TOKENS = 4
 
 
-class Assumed(Companion):
+class Assumed(Drafter):
     """A drafter for traces without contents: chains of ``tokens`` ids, whose k-th comes true with ``rate`` ** k (``oracle.LawOracle`` draws)."""
 
     def __init__(self, tokens: int, rate: float) -> None:
@@ -61,15 +59,11 @@ def drafting(config: EngineConfig, vocab_size: int, rate: float | None = None) -
 
     ``rate``: acceptance per drafted token to assume instead of drafting from contents. Raises ConfigError for drafters that need a model.
     """
-    chosen = parse_speculative(config.speculation.speculative_config)
-    if chosen is None or config.speculation.max_draft_tokens == 0:
+    found = chosen(config)
+    if found is None:
         return {}
-    if rate is not None and not 0 <= rate < 1:
-        raise ConfigError(f"an acceptance rate is at least 0 and below 1, got {rate}", param="acceptance_rate")
     if rate is None:
-        drafter: Any = make_drafter(chosen.drafter, chosen.settings, vocab_size=vocab_size)
-    else:
-        drafter = Assumed(int(chosen.settings.get("num_speculative_tokens", TOKENS)), rate)
-    length = make_length(chosen.length, rule=chosen.rule, **chosen.options)
-    wishes = getattr(length, "wishes", None)  # policies of other packages may have none
-    return {"drafter": drafter, "length": length, "companions": (wishes,) if wishes is not None else (), "latency": StepTime()}
+        return parts(found, make_drafter(found.drafter, found.settings, vocab_size=vocab_size))
+    if not 0 <= rate < 1:
+        raise ConfigError(f"an acceptance rate is at least 0 and below 1, got {rate}", param="acceptance_rate")
+    return parts(found, Assumed(int(found.settings.get("num_speculative_tokens", TOKENS)), rate))
