@@ -40,6 +40,7 @@ OPERATIONS = [
     ("GET", "/load"),
     ("GET", "/version"),
     ("GET", "/metrics"),
+    ("GET", "/explain/{request_id}"),
 ]
 
 

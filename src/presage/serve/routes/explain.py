@@ -25,6 +25,7 @@ from presage.serve.sse import while_connected
 
 router = APIRouter(tags=["Operations"])
 BREATH = 0.001
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 _WISHES = {
     "steps": (12, -1, 1 << 20, "Steps told one by one, evenly spread; 0 for none, -1 for all."),
     "width": (PIPE, 40, 1000, "Columns of a line."),
@@ -41,8 +42,8 @@ def _parameters() -> list[dict[str, Any]]:
 
 @router.get(
     "/explain/{request_id}",
-    response_class=PlainTextResponse,
-    responses={200: {"description": "The request's drafts, delays and steps."}, **openapi.errors(400, 401, 404, 409, 503)},
+    response_class=Response,  # the text is documented below: PlainTextResponse here would make text of the errors too
+    responses={200: {"description": "The request's drafts, delays and steps.", "content": _TEXT}, **openapi.errors(400, 401, 404, 409, 503)},
     openapi_extra={"parameters": _parameters()},
 )
 async def explain(request: Request, request_id: str) -> Response:
