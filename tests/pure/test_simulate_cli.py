@@ -47,6 +47,21 @@ def test_from_the_command_line_to_files(model: Path, tmp_path: Path, capsys: pyt
     assert "<svg" in text and "watts" in text and "roofline llama" in text
 
 
+def test_without_any_data(tmp_path: Path) -> None:
+    """The bundled model's shape and drawn lengths: nothing of one's own is needed."""
+    figures = tmp_path / "r.json"
+    words = ["simulate", "presage-tiny", "--num-prompts", "50", "--random-input-len", "64", "--random-output-len", "20"]
+    with pytest.raises(SystemExit) as end:
+        app([*words, "--random-range-ratio", "0.5", "--request-rate", "100", "--json", str(figures)])
+    assert not end.value.code
+    found = json.loads(figures.read_text())
+    assert found["completed"] == 50 and 32 * 50 < found["total_input_tokens"] < 96 * 50
+    with pytest.raises(ConfigError, match="random_range_ratio"):
+        _workload(Load(random_range_ratio=1.0))
+    with pytest.raises(ConfigError, match="num_prompts"):
+        _workload(Load(num_prompts=0))
+
+
 def test_words_that_mean_nothing_are_answered(model: Path, tmp_path: Path) -> None:
     shape, config = shape_of(model), EngineConfig()
     with pytest.raises(ConfigError, match=r"config\.json"):

@@ -42,16 +42,26 @@ def random_ids(count: int, length: int, vocab_size: int, seed: int, banned: froz
     return [row.tolist() for row in drawn]
 
 
+def random_lengths(count: int, inputs: int, outputs: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt and output lengths [count] around ``inputs`` and ``outputs``, uniform within plus or minus ``ratio`` of them.
+
+    Raises ConfigError unless 0 <= ratio < 1 and lengths are positive.
+    """
+    if not 0 <= ratio < 1 or inputs < 1 or outputs < 1:
+        raise ConfigError("random lengths must be positive and random_range_ratio between 0 and 1", param="random_input_len")
+    rng = np.random.default_rng(seed)
+    n_in, n_out = (rng.integers(max(1, int(mean * (1 - ratio))), int(mean * (1 + ratio)) + 1, count) for mean in (inputs, outputs))
+    return n_in, n_out
+
+
 def random_samples(codec: Codec, count: int, inputs: int, outputs: int, ratio: float, prefix: int, seed: int) -> list[Sample]:
     """Random prompts of ``prefix`` shared plus ``inputs`` own tokens; lengths vary uniformly by plus or minus ``ratio`` of themselves.
 
     Raises ConfigError unless 0 <= ratio < 1 and lengths are positive.
     """
-    if not 0 <= ratio < 1 or inputs < 1 or outputs < 1 or prefix < 0:
-        raise ConfigError("random lengths must be positive and random_range_ratio between 0 and 1", param="random_input_len")
-    rng = np.random.default_rng(seed)
-    n_in = rng.integers(max(1, int(inputs * (1 - ratio))), int(inputs * (1 + ratio)) + 1, count)
-    n_out = rng.integers(max(1, int(outputs * (1 - ratio))), int(outputs * (1 + ratio)) + 1, count)
+    if prefix < 0:
+        raise ConfigError("random_prefix_len must not be negative", param="random_prefix_len")
+    n_in, n_out = random_lengths(count, inputs, outputs, ratio, seed)
     shared = random_ids(1, prefix, codec.vocab_size, seed + 1, codec.special_ids)[0]
     own = random_ids(count, int(n_in.max(initial=1)), codec.vocab_size, seed + 2, codec.special_ids)
     prompts = [shared + row[:n] for row, n in zip(own, n_in.tolist())]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from presage.core.config import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from presage.core.errors import ConfigError
 from presage.serve.cli import Cache, Executor, Flat, Model, Scheduler, Speculation, app, engine_config
 from presage.serve.cli_profile import profile
 
@@ -46,14 +47,20 @@ class Machine:
 class Load:
     """What it is asked."""
 
-    workload: str = "azure"
-    """Name of a workload; an unknown one is answered with the list."""
+    workload: str = "random"
+    """random (drawn lengths, needs no data), or the name of a recorded workload; an unknown one is answered with the list."""
     dataset_path: str = "data"
     """Folder of the data sets, or of this one, or its file."""
     num_prompts: int | None = None
-    """Requests; all by default."""
+    """Requests; 1000 random ones or all recorded ones by default."""
+    random_input_len: int = 1024
+    """Prompt tokens of a random request."""
+    random_output_len: int = 128
+    """Output tokens of a random request."""
+    random_range_ratio: float = 0.0
+    """Random lengths vary by plus or minus this share of themselves."""
     request_rate: float | None = None
-    """Requests per second: recorded arrivals are stretched to it, others are drawn (Poisson)."""
+    """Requests per second: recorded arrivals are stretched to it, others are drawn (Poisson), or come all at once without it."""
     replay_speed: float = 1.0
     """Recorded arrivals so many times as fast."""
     max_concurrency: int | None = None
@@ -82,7 +89,7 @@ def simulate(
     Parameters
     ----------
     model:
-        A config.json, or the folder it lies in; no weights are read.
+        A config.json, the folder it lies in, or presage-tiny; no weights are read.
     goodput:
         Goals in milliseconds: ttft:200 tpot:50 e2el:5000.
     save_records:
@@ -107,15 +114,30 @@ def simulate(
 
 
 def _workload(load: Load) -> Workload:
-    from presage.bench.workloads import at_rate, closed_loop, read_workload, replayed, with_rate
+    from presage.bench.workloads import at_rate, closed_loop, replayed, with_rate
 
-    w = read_workload(load.workload, load.dataset_path)
-    w = w.first(load.num_prompts) if load.num_prompts is not None else w
+    w = _asked(load)
     if load.max_concurrency is not None:
         return closed_loop(w, load.max_concurrency)
     if load.request_rate is not None:
         return at_rate(w, load.request_rate) if w.duration > 0 else with_rate(w, load.request_rate, seed=load.seed)
     return replayed(w, load.replay_speed)
+
+
+def _asked(load: Load) -> Workload:
+    import numpy as np
+
+    from presage.bench.datasets import random_lengths
+    from presage.bench.workloads import Workload, read_workload
+
+    if load.num_prompts is not None and load.num_prompts < 1:
+        raise ConfigError(f"num_prompts must be at least 1, got {load.num_prompts}", param="num_prompts")
+    if load.workload == "random":
+        lengths = load.random_input_len, load.random_output_len, load.random_range_ratio
+        n = 1000 if load.num_prompts is None else load.num_prompts
+        return Workload("random", np.zeros(n), *random_lengths(n, *lengths, load.seed))
+    w = read_workload(load.workload, load.dataset_path)
+    return w.first(load.num_prompts) if load.num_prompts is not None else w
 
 
 def _run(config: EngineConfig, target: Target, work: Workload, machine: Machine, load: Load, vocab: int) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from presage.bundled import bundled_path
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
 from presage.core.protocols import LatencyModel
@@ -21,8 +22,8 @@ UTILIZATION = 0.9
 
 
 def shape_of(model: str | Path, weights: str = "bfloat16", kv: str = "bfloat16") -> ModelShape:
-    """A model from its config.json or the folder it lies in. Raises ConfigError if there is none."""
-    path = Path(model)
+    """A model from its config.json, the folder it lies in, or a bundled one's name. Raises ConfigError if there is none."""
+    path = bundled_path(str(model)) or Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: a simulation needs the model's config.json (no weights)", param="model")
