@@ -285,7 +285,8 @@ class Loop:
         """A prefix hit that lost blocks since it was found is shorter now: that slot is planned again from what it really has."""
         t = self.table
         short = self.kv.lengths[g.slot] < t.computed[g.slot, 0]
-        self.unpinned = bool((self.kv.lengths[self.running] < t.computed[self.running, 0]).any())
+        running = self.ready()
+        self.unpinned = bool((self.kv.lengths[running] < t.computed[running, 0]).any())
         if not short.any():
             return g, draft
         t.computed[g.slot[short], 0] = self.kv.lengths[g.slot[short]]
