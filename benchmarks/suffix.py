@@ -2,7 +2,7 @@
 
     python benchmarks/suffix.py [--parts insert,million,calls,replay] [--arctic-python VENV/bin/python] [--data shared/data] [--json out.json]
 
-The comparison needs ``arctic-inference`` (https://pypi.org/project/arctic-inference), here or in the environment of ``--arctic-python`` (same
+The comparison needs ``arctic-inference``, here or in the environment of ``--arctic-python`` (same
 version of Python); without it our own figures are printed. Only ``replay`` reads data sets. Both sides take turns, call by call; a ratio
 is the median over the pairs, so load from elsewhere cancels. Append and look-up times are medians of calls through either package's own
 interface: one call for the whole batch here, one per request there.
