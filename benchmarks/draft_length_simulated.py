@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 from draft_length import OURS, rows_of
-from speculation import WORKLOADS
+from speculation import WORKLOADS, teach
 
 from presage.core.config import EngineConfig
 from presage.core.request import Request
@@ -43,15 +43,13 @@ class Server:
     def __init__(self, args: argparse.Namespace, history: list[list[int]]) -> None:
         self.args, self.step_time = args, StepTime()
         self.lengths: dict[Any, Any] = {OURS: make_length(OURS), **{k: make_length("fixed", num_speculative_tokens=k) for k in args.fixed}}
-        self.past = tempfile.NamedTemporaryFile("w", suffix=".jsonl")  # noqa: SIM115 (read by every run)
-        self.past.writelines(json.dumps({"token_ids": ids}) + "\n" for ids in history)
-        self.past.flush()
+        self.history = history
 
     def drafter(self) -> Any:
         """A fresh one that has read the history."""
         settings = {k: v for k, v in self.args.config.items() if k != "method"}
         made: Any = make_drafter(self.args.config["method"], settings, vocab_size=32000)
-        made.warm_up(self.past.name)
+        teach(made, self.history)
         return made
 
     def run(self, length: Any, load: int, rows: list[Row]) -> float:
@@ -66,7 +64,7 @@ class Server:
 
         config = EngineConfig.of(max_num_seqs=load, max_num_batched_tokens=512, enable_prefix_caching=False)
         target = make_target(config, shape_of(self.args.model), "h100", latency=str(self.args.fit), max_model_len=4096)
-        object.__setattr__(target, "latency", Drafting(target.latency, self.args.drafting_ms / 1e3))
+        target = replace(target, latency=Drafting(target.latency, self.args.drafting_ms / 1e3))
         policy = self.lengths[length]
         found = simulate(
             config, work[:load], target, after=after, max_drafts=config.speculation.max_draft_tokens, drafter=self.drafter,

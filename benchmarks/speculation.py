@@ -76,6 +76,17 @@ def leaves(drafter: Any) -> list[Any]:
     return [leaf for part in drafter.drafters for leaf in leaves(part)] if hasattr(drafter, "drafters") else [drafter]
 
 
+def teach(drafter: Any, outputs: list[list[int]]) -> int:
+    """Past outputs for those parts of a drafter that learn from a file; how many they took."""
+    learners = [d for d in leaves(drafter) if hasattr(d, "warm_up")]
+    if not outputs or not learners:
+        return 0
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.writelines(json.dumps({"token_ids": ids}) + "\n" for ids in outputs)
+        file.flush()
+        return sum(d.warm_up(file.name) for d in learners)
+
+
 class Engine:
     """One engine and its measurements. ``speculative``: its configuration, None for none."""
 
@@ -124,13 +135,7 @@ class Engine:
 
     def remember(self, outputs: list[list[int]]) -> None:
         """Past outputs, as a server would have seen them before."""
-        learners = [d for d in leaves(self.engine.loop.drafter) if hasattr(d, "warm_up")]
-        if outputs and learners:
-            with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-                file.writelines(json.dumps({"token_ids": ids}) + "\n" for ids in outputs)
-                file.flush()
-                for drafter in learners:
-                    drafter.warm_up(file.name)
+        teach(self.engine.loop.drafter, outputs)
 
     def counts(self) -> tuple[float, float, float, float]:
         """Steps, tokens, drafted, accepted so far."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
 import peers_worker
-from speculation import leaves
+from speculation import teach
 
 LONGEST = 4608
 """Tokens of a request at most: prompts of 3,000 and outputs of 1,500 fit."""
@@ -123,11 +122,7 @@ class Presage(Replay):
 
     def remember(self, outputs: list[list[int]]) -> int:
         """From a file, as a server would be warmed up."""
-        learners = [d for d in leaves(self.engine.loop.drafter) if hasattr(d, "warm_up")]
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-            file.writelines(json.dumps({"token_ids": ids}) + "\n" for ids in outputs)
-            file.flush()
-            return sum(d.warm_up(file.name) for d in learners)
+        return teach(self.engine.loop.drafter, outputs)
 
     def drafts(self) -> int:
         """As the engine counts them."""

@@ -6,7 +6,7 @@ Paged KV after vLLM (arXiv 2309.06180), hybrid groups after Jenga (arXiv 2503.18
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numba import njit
@@ -16,6 +16,7 @@ from presage.cache.content import Content, HashedContent
 from presage.cache.ledger import COPY, HIT, BlockLedger
 from presage.cache.pool import Pool
 from presage.cache.prefix import longest_prefix
+from presage.core.config import EngineConfig
 from presage.core.errors import AuditFailed, ConfigError
 from presage.core.kv import KVGeometry
 from presage.core.plan import Moves
@@ -447,3 +448,19 @@ class BlockManager:
         self._flush()
         for g, pool in enumerate(self.pools):
             audit(pool, f"group {g}", self.tables[g], self.owned[g], live)
+
+
+def block_managers(
+    config: EngineConfig, geometries: Sequence[KVGeometry], max_model_len: int, content: Content | None = None
+) -> list[BlockManager]:  # fmt: skip
+    """One per lane, lane 0 first, as a configuration wants them. ``content`` names the blocks of lane 0; hashes name all others."""
+    return [
+        BlockManager(
+            geometry,
+            max_len=max_model_len + 1,
+            prefix_caching=config.cache.enable_prefix_caching,
+            content=content if lane == 0 else None,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        )
+        for lane, geometry in enumerate(geometries)
+    ]

@@ -8,7 +8,6 @@ drafted, not injected: one step verifies the whole run, and where the model cuts
 from __future__ import annotations
 
 from collections.abc import Generator
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,8 @@ class GrammarDrafter(Drafter):
         if not any(chains):
             return Draft.none(len(grants))
         draft = Draft.chains(chains)
-        draft.prob[:] = [p for chain in chains for p in accumulate([SURE] * (len(chain) - 1) + [LAST] if chain else [], lambda a, b: a * b)]
+        draft.prob[:] = SURE**draft.depth
+        draft.prob[(draft.offset[1:] - 1)[np.diff(draft.offset) > 0]] *= LAST / SURE
         draft.source = sources(len(draft), self.source)
         return draft
         yield  # a generator, as the protocol wants

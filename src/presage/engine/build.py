@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from presage.cache.content import HashedContent
 from presage.cache.geometry import parse_bytes, size_pools
-from presage.cache.manager import BlockManager
+from presage.cache.manager import block_managers
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
 from presage.core.events import Abort, Arrive
@@ -127,16 +127,7 @@ def build_engine(
     table, requests = Table(), dict[int, Request]()
     log = _log(config, [geometry, *others], executor.layers, eos, max_len)
     content = NamedContent(HashedContent(), log) if isinstance(log, DecisionLog) and log.level == "shape" else HashedContent()
-    kv = [
-        BlockManager(
-            g,
-            max_len=max_len + 1,
-            prefix_caching=config.cache.enable_prefix_caching,
-            content=c,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        )
-        for g, c in zip((geometry, *others), (content, *(HashedContent() for _ in others)), strict=True)
-    ]
+    kv = block_managers(config, [geometry, *others], max_len, content)
     lanes.place(log.caches(kv))
     loop = Loop(
         loop_config(config, max_len),

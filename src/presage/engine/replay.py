@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from presage.cache.content import HashedContent
-from presage.cache.manager import BlockManager
+from presage.cache.manager import block_managers
 from presage.core.config import EngineConfig
 from presage.core.errors import ReplayMismatch
 from presage.core.events import Abort, Annotate, Arrive, Drain, Event, Prioritise, ResetCache, Tick, Waited
@@ -185,7 +184,7 @@ def _rebuild(
     config = EngineConfig.model_validate(header["config"])
     table, requests = Table(), dict[int, Request]()
     cutter = RecordedCutter(table, requests, header["eos"])
-    kv = block_managers(header, config, names)
+    kv = block_managers(config, geometries(header), header["max_model_len"], names)
     answers.cache = kv[0]
     loop = Loop(
         loop_config(config, header["max_model_len"]),
@@ -202,18 +201,9 @@ def _rebuild(
     return loop, cutter
 
 
-def block_managers(header: dict[str, Any], config: EngineConfig, names: Any = None) -> list[BlockManager]:
-    """Those of all lanes, lane 0 first; ``names`` it by what was recorded, if given."""
-    return [
-        BlockManager(
-            msgspec.convert(geometry, KVGeometry),
-            max_len=header["max_model_len"] + 1,
-            prefix_caching=config.cache.enable_prefix_caching,
-            content=(names if lane == 0 else None) or HashedContent(),
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        )
-        for lane, geometry in enumerate([header["geometry"], *header.get("lanes", [])])
-    ]
+def geometries(header: dict[str, Any]) -> list[KVGeometry]:
+    """KV pools of all lanes, lane 0 first."""
+    return [msgspec.convert(geometry, KVGeometry) for geometry in (header["geometry"], *header.get("lanes", []))]
 
 
 def recorded_parts(config: EngineConfig, answers: RecordedAnswers) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from presage import verify
+from presage.cache.manager import block_managers
 from presage.core.config import EngineConfig
 from presage.core.errors import ReplayMismatch
 from presage.core.events import Arrive, Event, Tick
@@ -28,7 +29,7 @@ from presage.core.types import Finish, Floats, Ints, Want
 from presage.draft.settings import parse_speculative
 from presage.engine.answers import Entry, RecordedAnswers
 from presage.engine.emitter import Emitter
-from presage.engine.replay import Decisions, RecordedNames, block_managers, decode_event, loop_config, recorded, recorded_parts, replay
+from presage.engine.replay import Decisions, RecordedNames, decode_event, geometries, loop_config, recorded, recorded_parts, replay
 from presage.simulate.collect import Collector
 from presage.simulate.driver import VirtualDriver
 from presage.simulate.executor import ModelledExecutor
@@ -119,7 +120,7 @@ class RecordedRun:
     @property
     def geometry(self) -> KVGeometry:
         """Its KV pools."""
-        return msgspec.convert(self.header["geometry"], KVGeometry)
+        return geometries(self.header)[0]
 
     def target(self, latency: Any) -> Target:
         """The engine as a target of simulations, with another price of steps."""
@@ -276,8 +277,9 @@ def rerun(folder: str | Path) -> int:
         max_drafts=loop_config(run.config, 0).max_drafts, executor=lambda *made: TimedExecutor(run, *made),
     )  # fmt: skip
     loop = replica.loop
-    loop.lanes, answers.cache = (loop.kv, *block_managers(run.header, run.config)[1:]), loop.kv
-    driver = TurnDriver([replica], (), bursts=False, inputs={now: [] for now in run.turns})
+    others = block_managers(run.config, geometries(run.header)[1:], run.header["max_model_len"])
+    loop.lanes, answers.cache = (loop.kv, *others), loop.kv
+    driver = TurnDriver([replica], (), bursts=False, inputs={at: [] for at in run.turns})
     ends = set(run.ends.values())
     for at in run.turns:
         if at not in ends:

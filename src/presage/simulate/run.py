@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from presage.bench.measures import Record, Summary, summarise
-from presage.cache.manager import BlockManager
+from presage.cache.manager import block_managers
 from presage.core.config import EngineConfig
 from presage.core.errors import ConfigError
 from presage.core.kv import KVGeometry
@@ -206,13 +206,7 @@ def make_replica(
     mind = oracle() if oracle is not None else TraceOracle(eos[0] if eos else None)
     device = executor(target.latency, mind, target.geometry, target.layers, target.depth)
     device.on_step = lambda plan, t0, t1, joules, repeat: out.step(index, plan, t0, t1, joules, repeat)
-    kv = BlockManager(
-        target.geometry,
-        max_len=target.max_model_len + 1,
-        prefix_caching=config.cache.enable_prefix_caching,
-        content=content,
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-    )
+    (kv,) = block_managers(config, [target.geometry], target.max_model_len, content)
     emitter = RowEmitter(table, requests, out, index)
     settings = loop_config(config, target.max_model_len)
     settings.max_drafts, settings.tables = max_drafts, False
